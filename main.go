@@ -1,0 +1,387 @@
+// Tasks keeps tasks in PostgreSQL and serves them as a REST API on /api/tasks.
+//
+// Usage:
+//
+//	tasks [-h] [-healthcheck]
+//
+// It is configured by environment variables; -h lists them. Without
+// DATABASE_URL it runs a private PostgreSQL of its own, whose data it keeps in
+// .postgres of the working directory. With -healthcheck it does not serve but
+// asks a running service, found by the same variables, whether it is up.
+//
+// SIGINT and SIGTERM stop it: /readyz turns 503, the requests in flight finish,
+// and it exits with 0, or with 1 when they did not within SHUTDOWN_TIMEOUT. A
+// second signal ends it at once. Invalid settings exit with 2, any other
+// failure to start with 1.
+package main
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"net/http"
+	"net/url"
+	"os"
+	"os/signal"
+	"strconv"
+	"strings"
+	"sync"
+	"syscall"
+	"time"
+)
+
+// Times that nobody has to set.
+const (
+	startTimeout      = time.Minute // for a database that may yet come
+	retryInterval     = time.Second
+	drainTime         = 100 * time.Millisecond
+	readHeaderTimeout = 10 * time.Second
+	readTimeout       = time.Minute // of a whole request
+	writeTimeout      = time.Minute // from the request's headers to the end of the answer
+	idleTimeout       = 2 * time.Minute
+	maxRequestTimeout = 50 * time.Second // leaves time to read the answer
+	localDir          = ".postgres"
+)
+
+func main() {
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	context.AfterFunc(ctx, stop) // a second signal has its usual effect
+	err := run(ctx, os.Args[1:], os.Getenv, os.Stdout)
+	if err == nil {
+		return
+	}
+	fmt.Fprintln(os.Stderr, "tasks:", err)
+	if _, ok := errors.AsType[usageError](err); ok {
+		os.Exit(2)
+	}
+	os.Exit(1)
+}
+
+// usageError is an error of the arguments or the environment.
+type usageError struct{ error }
+
+// run is the program. It serves until ctx ends.
+func run(ctx context.Context, args []string, getenv func(string) string, stdout io.Writer) (err error) {
+	flags := flag.NewFlagSet("tasks", flag.ContinueOnError)
+	flags.SetOutput(io.Discard)
+	healthcheck := flags.Bool("healthcheck", false, "")
+	switch err := flags.Parse(args); {
+	case errors.Is(err, flag.ErrHelp):
+		_, err = io.WriteString(stdout, usage)
+		return err
+	case err != nil:
+		return usageError{err}
+	case flags.NArg() > 0:
+		return usageError{fmt.Errorf("unexpected argument %q; settings are environment variables, see -h", flags.Arg(0))}
+	}
+	cfg, err := configure(getenv, stdout)
+	if err != nil {
+		return usageError{err}
+	}
+	if *healthcheck {
+		return checkHealth(ctx, cfg.addr)
+	}
+	return serve(ctx, cfg)
+}
+
+// usage is what -h prints.
+const usage = `Tasks keeps tasks in PostgreSQL and serves them on /api/tasks; /docs documents it.
+
+Usage: tasks [-h] [-healthcheck]
+
+  -h            print this help
+  -healthcheck  ask a running service whether it is up, and exit with 0 or 1
+
+Environment variables, an empty one counting as unset:
+
+  DATABASE_URL      PostgreSQL to use, a URL or keywords and values as libpq takes
+                    them; by default a private one, kept in .postgres
+  ADDR              address to listen on (localhost:8080)
+  PORT              port to listen on, on all interfaces, if ADDR is unset
+  DB_MAX_CONNS      connections to PostgreSQL (10)
+  REQUEST_TIMEOUT   deadline of one request, at most 50s (5s)
+  MAX_IN_FLIGHT     requests on tasks served at once; one more is 503 (1000)
+  SHUTDOWN_TIMEOUT  how long a stop waits for the requests in flight (10s)
+  CORS_ORIGINS      origins, separated by commas, whose pages may use the API, or * (none)
+  LOG_LEVEL         debug, info, warn or error (info)
+  LOG_FORMAT        text or json (text)
+  PG_BIN            directory of the private PostgreSQL's programs (searched for)
+`
+
+// config is what the environment says.
+type config struct {
+	databaseURL     string // "": a private PostgreSQL
+	pgBin           string
+	addr            string
+	maxConns        int
+	shutdownTimeout time.Duration
+	options         Options
+	hints           io.Writer // where to tell a person what to do next; not nil
+}
+
+// configure reads the environment. Its errors name the variable.
+func configure(getenv func(string) string, stdout io.Writer) (config, error) {
+	env := environment{getenv: getenv}
+	cfg := config{
+		databaseURL:     getenv("DATABASE_URL"),
+		pgBin:           getenv("PG_BIN"),
+		addr:            env.addr(),
+		maxConns:        env.number("DB_MAX_CONNS", 10, 10_000),
+		shutdownTimeout: env.duration("SHUTDOWN_TIMEOUT", 10*time.Second, time.Hour),
+		options: Options{
+			RequestTimeout: env.duration("REQUEST_TIMEOUT", 5*time.Second, maxRequestTimeout),
+			MaxInFlight:    env.number("MAX_IN_FLIGHT", 1000, 1_000_000),
+			CORSOrigins:    env.origins(),
+			Logger:         slog.New(env.logHandler(stdout)),
+		},
+		hints: io.Discard,
+	}
+	if cmp.Or(getenv("LOG_FORMAT"), "text") == "text" {
+		cfg.hints = stdout
+	}
+	return cfg, env.err
+}
+
+// environment reads variables and keeps the first error.
+type environment struct {
+	getenv func(string) string
+	err    error
+}
+
+func (e *environment) invalid(name, want string) {
+	if e.err == nil {
+		e.err = fmt.Errorf("%s is %q; it must be %s", name, e.getenv(name), want)
+	}
+}
+
+func (e *environment) number(name string, def, most int) int {
+	n, err := strconv.Atoi(cmp.Or(e.getenv(name), strconv.Itoa(def)))
+	if err != nil || n < 1 || n > most {
+		e.invalid(name, fmt.Sprintf("a number from 1 to %d", most))
+	}
+	return n
+}
+
+func (e *environment) duration(name string, def, most time.Duration) time.Duration {
+	d, err := time.ParseDuration(cmp.Or(e.getenv(name), def.String()))
+	if err != nil || d <= 0 || d > most {
+		e.invalid(name, fmt.Sprintf("a duration such as %v, at most %v", def, most))
+	}
+	return d
+}
+
+func (e *environment) addr() string {
+	if port := e.getenv("PORT"); e.getenv("ADDR") == "" && port != "" {
+		if _, err := strconv.ParseUint(port, 10, 16); err != nil {
+			e.invalid("PORT", "a port number")
+		}
+		return ":" + port
+	}
+	addr := cmp.Or(e.getenv("ADDR"), "localhost:8080")
+	_, port, err := net.SplitHostPort(addr)
+	if _, portErr := strconv.ParseUint(port, 10, 16); err != nil || portErr != nil {
+		e.invalid("ADDR", "host:port or :port")
+	}
+	return addr
+}
+
+func (e *environment) origins() []string {
+	const name = "CORS_ORIGINS"
+	var origins []string
+	for origin := range strings.SplitSeq(e.getenv(name), ",") {
+		origin = strings.TrimSpace(origin)
+		u, err := url.Parse(origin)
+		switch {
+		case origin == "":
+			continue
+		case origin != "*" && (err != nil || u.Host == "" || u.Scheme+"://"+u.Host != origin):
+			e.invalid(name, "* or a list of origins such as https://example.com, separated by commas")
+		}
+		origins = append(origins, origin)
+	}
+	return origins
+}
+
+func (e *environment) logHandler(w io.Writer) slog.Handler {
+	opts := &slog.HandlerOptions{}
+	var level slog.Level
+	if err := level.UnmarshalText([]byte(cmp.Or(e.getenv("LOG_LEVEL"), "info"))); err != nil {
+		e.invalid("LOG_LEVEL", "debug, info, warn or error")
+	}
+	opts.Level = level
+	switch e.getenv("LOG_FORMAT") {
+	case "", "text":
+		return slog.NewTextHandler(w, opts)
+	case "json":
+	default:
+		e.invalid("LOG_FORMAT", "text or json")
+	}
+	return slog.NewJSONHandler(w, opts)
+}
+
+// checkHealth asks the service at addr whether it is up.
+func checkHealth(ctx context.Context, addr string) error {
+	ctx, cancel := context.WithTimeout(ctx, 2*time.Second)
+	defer cancel()
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, serviceURL(addr)+"/healthz", nil)
+	if err != nil {
+		return err
+	}
+	resp, err := http.DefaultClient.Do(req)
+	if err != nil {
+		return err
+	}
+	resp.Body.Close()
+	if resp.StatusCode != http.StatusOK {
+		return fmt.Errorf("%s answered %s", req.URL, resp.Status)
+	}
+	return nil
+}
+
+// serviceURL returns the URL by which this machine reaches a listener at addr.
+func serviceURL(addr string) string {
+	host, port, _ := net.SplitHostPort(addr)
+	if ip := net.ParseIP(host); host == "" || ip.IsUnspecified() {
+		host = "localhost"
+	}
+	return "http://" + net.JoinHostPort(host, port)
+}
+
+// serve runs the service until ctx ends.
+func serve(ctx context.Context, cfg config) (err error) {
+	databaseURL, log := cfg.databaseURL, cfg.options.Logger
+	if databaseURL == "" {
+		local, startErr := startLocalDB(ctx, localDir, cfg.pgBin)
+		if startErr != nil {
+			return unlessStopped(ctx, startErr)
+		}
+		defer func() { err = errors.Join(err, local.Stop()) }()
+		databaseURL = local.URL
+	}
+	db, err := OpenDB(databaseURL)
+	if err != nil {
+		return usageError{fmt.Errorf("DATABASE_URL: %w", err)}
+	}
+	defer db.Close()
+	db.SetMaxOpenConns(cfg.maxConns)
+	db.SetMaxIdleConns(cfg.maxConns)
+	store := NewStore(db)
+	if err := migrate(ctx, store, log); err != nil {
+		return unlessStopped(ctx, err)
+	}
+	listener, err := new(net.ListenConfig).Listen(ctx, "tcp", cfg.addr)
+	if err != nil {
+		return fmt.Errorf("%w (ADDR or PORT chooses another address)", err)
+	}
+	handler := NewHandler(store, cfg.options)
+	tracked := &tracker{handler: handler, inFlight: new(sync.WaitGroup)}
+	server := &http.Server{
+		Handler:                      tracked,
+		DisableGeneralOptionsHandler: true, // the handler answers OPTIONS *
+		ReadHeaderTimeout:            readHeaderTimeout,
+		ReadTimeout:                  readTimeout,
+		WriteTimeout:                 writeTimeout,
+		IdleTimeout:                  idleTimeout,
+		ErrorLog:                     slog.NewLogLogger(log.Handler(), slog.LevelWarn),
+	}
+	failed := make(chan error, 1)
+	go func() { failed <- server.Serve(listener) }()
+	_, port, _ := net.SplitHostPort(listener.Addr().String()) // ADDR's may be 0
+	host, _, _ := net.SplitHostPort(cfg.addr)
+	where := serviceURL(net.JoinHostPort(host, port))
+	log.Info("serving", "url", where+"/api/tasks", "docs", where+"/docs")
+	fmt.Fprintf(cfg.hints, "Try: curl -i %s/api/tasks -H 'Content-Type: application/json' -d '{\"title\": \"Buy milk\"}'\n", where)
+	select {
+	case err := <-failed:
+		return err
+	case <-ctx.Done():
+	}
+	log.Info("stopping")
+	handler.Drain()
+	return stop(server, tracked, cfg.shutdownTimeout)
+}
+
+// unlessStopped returns the error of a start, or nil if it was told to stop.
+func unlessStopped(ctx context.Context, err error) error {
+	if ctx.Err() != nil {
+		return nil
+	}
+	return err
+}
+
+// migrate applies the schema, waiting for a database that may yet come.
+func migrate(ctx context.Context, store *Store, log *slog.Logger) error {
+	ctx, cancel := context.WithTimeout(ctx, startTimeout)
+	defer cancel()
+	for {
+		err := store.Migrate(ctx)
+		if err == nil || !transient(err) {
+			return err
+		}
+		log.Warn("the database is not ready yet", "error", err)
+		select {
+		case <-ctx.Done():
+			return fmt.Errorf("the database was not ready within %v: %w", startTimeout, err)
+		case <-time.After(retryInterval):
+		}
+	}
+}
+
+// stop waits until the requests in flight have been answered, and then ends the
+// server. The listener is open until then, so that probes see that the service
+// is not ready any more. It stays open for drainTime at least, in which clients
+// learn, by answers with Connection: close, to go elsewhere.
+func stop(server *http.Server, t *tracker, timeout time.Duration) error {
+	ctx, cancel := context.WithTimeout(context.Background(), timeout)
+	defer cancel()
+	answered := t.next()
+	select {
+	case <-ctx.Done():
+	case <-time.After(drainTime):
+		select {
+		case <-ctx.Done():
+		case <-answered:
+		}
+	}
+	if err := server.Shutdown(ctx); err != nil {
+		server.Close()
+		return fmt.Errorf("requests were still in flight after %v: %w", timeout, err)
+	}
+	return nil
+}
+
+// tracker counts the requests in flight.
+type tracker struct {
+	handler  http.Handler
+	mu       sync.RWMutex // guards the pointer
+	inFlight *sync.WaitGroup
+}
+
+func (t *tracker) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	t.mu.RLock()
+	inFlight := t.inFlight
+	inFlight.Add(1)
+	t.mu.RUnlock()
+	defer inFlight.Done()
+	t.handler.ServeHTTP(w, r)
+}
+
+// next returns a channel that is closed when the requests that are in flight
+// have been answered. Later ones do not count: under load there is always one.
+func (t *tracker) next() <-chan struct{} {
+	t.mu.Lock()
+	inFlight := t.inFlight
+	t.inFlight = new(sync.WaitGroup)
+	t.mu.Unlock()
+	answered := make(chan struct{})
+	go func() {
+		inFlight.Wait()
+		close(answered)
+	}()
+	return answered
+}
