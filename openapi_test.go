@@ -1,0 +1,829 @@
+package main
+
+// openapi_test.go holds openapi.json and the service to each other. The other
+// tests hand each request and its response to [spec.check]; the tests below look
+// at the document by itself and at the route table.
+
+import (
+	"bytes"
+	"encoding/json"
+	"fmt"
+	"io"
+	"maps"
+	"math"
+	"mime"
+	"net/http"
+	"net/http/httptest"
+	"net/url"
+	"os"
+	"reflect"
+	"regexp"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+	"unicode"
+	"unicode/utf8"
+)
+
+// routePatterns returns the patterns of the route table. ADAPTER: the one place
+// of this file that knows what handler.go calls it.
+func routePatterns() (patterns []string) {
+	for _, route := range (&Handler{}).routes() {
+		patterns = append(patterns, route.pattern)
+	}
+	return patterns
+}
+
+// spec is openapi.json, as it decodes into an any.
+type spec struct {
+	doc      map[string]any
+	patterns sync.Map // from a regular expression's text to its *regexp.Regexp
+}
+
+// loadSpec returns the spec of openapi.json. It is safe for concurrent use.
+func loadSpec(t testing.TB) *spec {
+	t.Helper()
+	s, err := readSpec()
+	if err != nil {
+		t.Fatalf("openapi.json: %v", err)
+	}
+	return s
+}
+
+var readSpec = sync.OnceValues(func() (*spec, error) {
+	text, err := os.ReadFile("openapi.json")
+	if err != nil {
+		return nil, err
+	}
+	doc, err := decodeJSON(text)
+	if err != nil {
+		return nil, err
+	}
+	return &spec{doc: doc.(map[string]any)}, nil
+})
+
+// decodeJSON decodes one JSON text; its numbers become a [json.Number].
+func decodeJSON(text []byte) (value any, err error) {
+	d := json.NewDecoder(bytes.NewReader(text))
+	d.UseNumber()
+	if err = d.Decode(&value); err == nil && d.Decode(new(any)) != io.EOF {
+		err = fmt.Errorf("data after the value")
+	}
+	return value, err
+}
+
+// get returns the object at the end of a path of member names, nil where there is
+// none. It follows each $ref on the way.
+func (s *spec) get(node any, names ...string) map[string]any {
+	object, _ := node.(map[string]any)
+	if ref, ok := object["$ref"].(string); ok {
+		object = s.get(s.doc, strings.Split(strings.TrimPrefix(ref, "#/"), "/")...)
+	}
+	if len(names) == 0 || object == nil {
+		return object
+	}
+	return s.get(object[names[0]], names[1:]...)
+}
+
+// path returns the template of a request's path, "" where the document has none.
+func (s *spec) path(requested string) string {
+	if requested == "/api/tasks/" {
+		requested = "/api/tasks"
+	}
+	segments := strings.Split(requested, "/")
+	for template := range s.get(s.doc, "paths") {
+		if slices.EqualFunc(strings.Split(template, "/"), segments, func(want, segment string) bool {
+			name, err := url.PathUnescape(segment)
+			return err == nil && (name == want || name != "" && strings.HasPrefix(want, "{"))
+		}) {
+			return template
+		}
+	}
+	return ""
+}
+
+// methods returns the methods of a path, in order.
+func (s *spec) methods(template string) (methods []string) {
+	for name := range s.get(s.doc, "paths", template) {
+		if name != "parameters" {
+			methods = append(methods, strings.ToUpper(name))
+		}
+	}
+	if slices.Contains(methods, "GET") {
+		methods = append(methods, "HEAD")
+	}
+	return slices.Sorted(slices.Values(methods))
+}
+
+// parameters returns the parameters of an operation that are in the given place, by name.
+func (s *spec) parameters(template, method, in string) map[string]map[string]any {
+	found := make(map[string]map[string]any)
+	item := s.get(s.doc, "paths", template)
+	for _, of := range []map[string]any{item, s.get(item, method)} {
+		list, _ := of["parameters"].([]any)
+		for _, p := range list {
+			if p := s.get(p); p["in"] == in {
+				found[p["name"].(string)] = p
+			}
+		}
+	}
+	return found
+}
+
+// check fails the test where a request and its response are not what the
+// document says: the path, method, status, headers, media type and body. A
+// request that succeeded must satisfy the document, and one that was refused
+// with 422 must not. req is as it was sent, reqBody its body.
+func (s *spec) check(t testing.TB, req *http.Request, reqBody []byte, resp *http.Response, respBody []byte) {
+	t.Helper()
+	fail := func(format string, args ...any) {
+		t.Helper()
+		t.Errorf("openapi.json: %s %s: %s: %s", req.Method, req.URL, resp.Status, fmt.Sprintf(format, args...))
+	}
+	if req.Method == http.MethodOptions && resp.StatusCode == http.StatusNoContent {
+		return // the answer to a preflight
+	}
+
+	template, method := s.path(req.URL.EscapedPath()), strings.ToLower(req.Method)
+	if method == "head" {
+		method = "get"
+	}
+	operation := s.get(s.doc, "paths", template, method)
+	documented := s.get(operation, "responses", strconv.Itoa(resp.StatusCode))
+	if operation == nil { // then the router's own problem, which is no operation's
+		status := http.StatusNotFound
+		var allow []string
+		if template != "" {
+			status, allow = http.StatusMethodNotAllowed, s.methods(template)
+		}
+		got := strings.FieldsFunc(resp.Header.Get("Allow"), func(r rune) bool { return r == ',' || r == ' ' })
+		if slices.Sort(got); !slices.Equal(got, allow) {
+			fail("Allow is %q, want %q", got, allow)
+		}
+		if resp.StatusCode == status {
+			documented = s.get(s.doc, "components", "responses", "NotFound")
+		}
+	}
+	if documented == nil {
+		fail("this status is not documented")
+		return
+	}
+
+	s.checkHeader(fail, documented, resp.Header, operation == nil)
+	content := s.get(documented, "content")
+	if mediaType, ok := s.checkMediaType(fail, content, resp.Header, respBody); ok && req.Method != http.MethodHead {
+		s.checkBody(fail, s.get(content, mediaType, "schema"), mediaType, resp, respBody)
+	}
+
+	broken := s.requestViolations(template, method, req, reqBody)
+	if resp.StatusCode/100 == 2 && len(broken) > 0 {
+		fail("the request should not have succeeded: %s", strings.Join(broken, "; "))
+	}
+	// What no schema can say: that owners differ, or a key was used before.
+	beyond := bytes.Contains(respBody, []byte(`"#/user_id"`)) || bytes.Contains(respBody, []byte(`"Idempotency-Key"`))
+	if resp.StatusCode == http.StatusUnprocessableEntity && len(broken) == 0 && !beyond && req.Method != http.MethodHead {
+		fail("the request should not have been refused: it is as documented")
+	}
+}
+
+// checkHeader checks the header of a response: nothing unknown, nothing missing,
+// each value as documented.
+func (s *spec) checkHeader(fail func(string, ...any), documented map[string]any, header http.Header, allow bool) {
+	// Those that info.description promises everywhere, and those of HTTP itself.
+	known := []string{"Connection", "Content-Length", "Content-Type", "Date", "Vary", "X-Content-Type-Options"}
+	if allow {
+		known = append(known, "Allow")
+	}
+	if got := header.Get("X-Content-Type-Options"); got != "nosniff" {
+		fail("X-Content-Type-Options is %q", got)
+	}
+	for name := range s.get(documented, "headers") {
+		values, object := header.Values(name), s.get(documented, "headers", name)
+		if len(values) == 0 && object["required"] == true {
+			fail("the header %s is missing", name)
+		}
+		for _, value := range values {
+			for _, v := range s.validate(name, s.get(object, "schema"), s.parse(object, value), true) {
+				fail("%s", v)
+			}
+		}
+		known = append(known, http.CanonicalHeaderKey(name))
+	}
+	for name := range header {
+		if !slices.Contains(known, name) && !strings.HasPrefix(name, "Access-Control-") {
+			fail("the header %s is not documented", name)
+		}
+	}
+}
+
+// checkMediaType checks the Content-Type of a response. It returns the media type,
+// and reports whether there is content to look at.
+func (s *spec) checkMediaType(fail func(string, ...any), content map[string]any, header http.Header, body []byte) (string, bool) {
+	if content == nil {
+		if len(body) > 0 || header.Get("Content-Type") != "" {
+			fail("content is not documented: %q, %s", header.Get("Content-Type"), body)
+		}
+		return "", false
+	}
+	mediaType, _, err := mime.ParseMediaType(header.Get("Content-Type"))
+	if _, ok := content[mediaType]; !ok || err != nil {
+		fail("the media type %q is not documented", header.Get("Content-Type"))
+		return "", false
+	}
+	return mediaType, true
+}
+
+// checkBody checks the body of a response, and a problem against the rest of it.
+func (s *spec) checkBody(fail func(string, ...any), schema map[string]any, mediaType string, resp *http.Response, body []byte) {
+	var value any = string(body)
+	if strings.HasSuffix(mediaType, "json") {
+		var err error
+		if value, err = decodeJSON(body); err != nil {
+			fail("the body is no JSON: %v: %s", err, body)
+			return
+		}
+	}
+	for _, v := range s.validate("body", schema, value, true) {
+		fail("%s, in %s", v, body)
+	}
+	if problem, ok := value.(map[string]any); ok && mediaType == "application/problem+json" {
+		for _, v := range problemViolations(problem, resp.StatusCode) {
+			fail("%s", v)
+		}
+		if id := resp.Header.Get("X-Request-ID"); problem["request_id"] != id {
+			fail("request_id is %q, X-Request-ID %q", problem["request_id"], id)
+		}
+	}
+}
+
+// problemViolations says where a problem does not fit its status.
+func problemViolations(problem map[string]any, status int) (violations []string) {
+	if problem["status"] != json.Number(strconv.Itoa(status)) || problem["title"] != http.StatusText(status) {
+		violations = append(violations, fmt.Sprintf("status %v and title %q with status %d",
+			problem["status"], problem["title"], status))
+	}
+	if _, ok := problem["errors"]; ok != (status == http.StatusUnprocessableEntity) {
+		violations = append(violations, fmt.Sprintf("errors present: %t with status %d", ok, status))
+	}
+	return violations
+}
+
+// requestViolations says where a request differs from what the document allows:
+// in its query, its body and its Idempotency-Key.
+func (s *spec) requestViolations(template, method string, req *http.Request, body []byte) (violations []string) {
+	if !strings.HasPrefix(template, "/api/") {
+		return nil // what it does not use it does not look at
+	}
+	query, err := url.ParseQuery(req.URL.RawQuery)
+	if err != nil {
+		violations = append(violations, err.Error())
+	}
+	known := s.parameters(template, method, "query")
+	for name, values := range query {
+		parameter, ok := known[name]
+		if !ok || len(values) != 1 || !utf8.ValidString(values[0]) {
+			violations = append(violations, fmt.Sprintf("the parameter %s: %q", name, values))
+			continue
+		}
+		violations = append(violations, s.validate(name, s.get(parameter, "schema"), s.parse(parameter, values[0]), false)...)
+	}
+
+	if parameter, ok := s.parameters(template, method, "header")["Idempotency-Key"]; ok {
+		values := req.Header.Values("Idempotency-Key")
+		if len(values) > 1 {
+			violations = append(violations, fmt.Sprintf("%d headers Idempotency-Key", len(values)))
+		}
+		for _, value := range values {
+			violations = append(violations, s.validate("Idempotency-Key", s.get(parameter, "schema"), value, false)...)
+		}
+	}
+
+	documented := s.get(s.doc, "paths", template, method, "requestBody")
+	if documented == nil || len(body) == 0 && documented["required"] != true {
+		return violations
+	}
+	mediaType, _, _ := mime.ParseMediaType(req.Header.Get("Content-Type"))
+	schema := s.get(documented, "content", mediaType, "schema")
+	if schema == nil {
+		return append(violations, fmt.Sprintf("the media type %q", mediaType))
+	}
+	value, err := decodeJSON(body)
+	if err != nil {
+		return append(violations, err.Error())
+	}
+	return append(violations, s.validate("body", schema, value, false)...)
+}
+
+// parse returns the value that a parameter or a header holds, by the type of its
+// schema.
+func (s *spec) parse(object map[string]any, text string) any {
+	switch t := s.get(object, "schema")["type"]; {
+	case t == "integer" && s.matches(`^-?[0-9]+$`, text):
+		return json.Number(text)
+	case t == "boolean" && (text == "true" || text == "false"):
+		return text == "true"
+	}
+	return text
+}
+
+// validate says where a value breaks a schema, JSON Schema 2020-12 as far as the
+// document needs it; a keyword that it does not know is a violation too. closed
+// forbids members that the schema does not name, even where it would allow them:
+// so the document can leave clients free to meet new members in a response, and
+// the tests still find those that it forgot.
+func (s *spec) validate(at string, schema map[string]any, value any, closed bool) (violations []string) {
+	object, isObject := value.(map[string]any)
+	array, isArray := value.([]any)
+	text, isText := value.(string)
+	number, isNumber := value.(json.Number)
+	properties, _ := schema["properties"].(map[string]any)
+	_, mentioned := schema["additionalProperties"]
+	closed = closed && !mentioned
+
+	for _, keyword := range slices.Sorted(maps.Keys(schema)) {
+		arg, ok := schema[keyword], true
+		switch keyword {
+		case "$ref":
+			violations = append(violations, s.validate(at, s.get(schema), value, closed)...)
+		case "type":
+			ok = isType(value, arg)
+		case "const":
+			ok = reflect.DeepEqual(value, arg)
+		case "enum":
+			ok = slices.ContainsFunc(arg.([]any), func(allowed any) bool { return reflect.DeepEqual(value, allowed) })
+		case "minLength":
+			ok = !isText || utf8.RuneCountInString(text) >= int(float(arg))
+		case "maxLength":
+			ok = !isText || utf8.RuneCountInString(text) <= int(float(arg))
+		case "pattern":
+			ok = !isText || s.matches(arg.(string), text)
+		case "format":
+			ok = s.hasFormat(value, arg.(string))
+		case "minimum":
+			ok = !isNumber || float(number) >= float(arg)
+		case "maximum":
+			ok = !isNumber || float(number) <= float(arg)
+		case "minItems":
+			ok = !isArray || len(array) >= int(float(arg))
+		case "maxItems":
+			ok = !isArray || len(array) <= int(float(arg))
+		case "items":
+			for i, item := range array {
+				violations = append(violations, s.validate(fmt.Sprintf("%s/%d", at, i), s.get(arg), item, closed)...)
+			}
+		case "minProperties":
+			ok = !isObject || len(object) >= int(float(arg))
+		case "maxProperties":
+			ok = !isObject || len(object) <= int(float(arg))
+		case "required":
+			for _, name := range arg.([]any) {
+				if _, present := object[name.(string)]; isObject && !present {
+					violations = append(violations, fmt.Sprintf("%s/%s is missing", at, name))
+				}
+			}
+		case "properties":
+			for _, name := range slices.Sorted(maps.Keys(object)) {
+				if property, known := properties[name]; known {
+					violations = append(violations, s.validate(at+"/"+name, s.get(property), object[name], closed)...)
+				} else if closed {
+					violations = append(violations, fmt.Sprintf("%s/%s is not documented", at, name))
+				}
+			}
+		case "additionalProperties":
+			for name := range object {
+				_, known := properties[name]
+				ok = ok && (known || arg == true)
+			}
+		case "description", "default", "readOnly": // say nothing of validity
+		default:
+			violations = append(violations, fmt.Sprintf("%s: the keyword %s is unknown to this validator", at, keyword))
+		}
+		if !ok {
+			violations = append(violations, fmt.Sprintf("%s: %s %v does not hold", at, keyword, arg))
+		}
+	}
+	return violations
+}
+
+// isType reports whether a value is of a type of JSON Schema, or of one of a list
+// of types.
+func isType(value, name any) bool {
+	if names, ok := name.([]any); ok {
+		return slices.ContainsFunc(names, func(name any) bool { return isType(value, name) })
+	}
+	switch value := value.(type) {
+	case nil:
+		return name == "null"
+	case bool:
+		return name == "boolean"
+	case string:
+		return name == "string"
+	case json.Number:
+		return name == "number" || name == "integer" && float(value) == math.Trunc(float(value))
+	case []any:
+		return name == "array"
+	case map[string]any:
+		return name == "object"
+	}
+	return false
+}
+
+// hasFormat reports whether a value has a format; one that is not of the format's
+// type has it.
+func (s *spec) hasFormat(value any, format string) bool {
+	switch text, isText := value.(string); format {
+	case "uuid":
+		return !isText || s.matches(`(?i)^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$`, text)
+	case "date-time":
+		_, err := time.Parse(time.RFC3339Nano, text)
+		return !isText || err == nil
+	case "int64":
+		number, isNumber := value.(json.Number)
+		_, err := number.Int64()
+		return !isNumber || err == nil
+	}
+	return false
+}
+
+// matches reports whether a text matches a regular expression.
+func (s *spec) matches(expression, text string) bool {
+	compiled, ok := s.patterns.Load(expression)
+	if !ok {
+		compiled, _ = s.patterns.LoadOrStore(expression, regexp.MustCompile(expression))
+	}
+	return compiled.(*regexp.Regexp).MatchString(text)
+}
+
+func float(n any) float64 {
+	f, _ := n.(json.Number).Float64()
+	return f
+}
+
+// walk calls visit for each object of a document, with where it is. It passes
+// over examples' values, which are data.
+func walk(node any, at string, visit func(at string, object map[string]any)) {
+	switch node := node.(type) {
+	case map[string]any:
+		visit(at, node)
+		for _, name := range slices.Sorted(maps.Keys(node)) {
+			if name != "value" && name != "example" {
+				walk(node[name], at+"/"+name, visit)
+			}
+		}
+	case []any:
+		for i, item := range node {
+			walk(item, fmt.Sprintf("%s/%d", at, i), visit)
+		}
+	}
+}
+
+// operations calls visit for each operation.
+func (s *spec) operations(visit func(template, method string, operation map[string]any)) {
+	for template, item := range s.get(s.doc, "paths") {
+		for method, operation := range item.(map[string]any) {
+			if method != "parameters" {
+				visit(template, method, operation.(map[string]any))
+			}
+		}
+	}
+}
+
+func TestOpenAPIRoutes(t *testing.T) {
+	t.Parallel()
+	s := loadSpec(t)
+	var documented, served []string
+	s.operations(func(template, method string, _ map[string]any) {
+		documented = append(documented, strings.ToUpper(method)+" "+template)
+	})
+	for _, pattern := range routePatterns() {
+		method, path, _ := strings.Cut(pattern, " ")
+		path = strings.TrimSuffix(path, "{$}")
+		if path != "/" {
+			path = strings.TrimSuffix(path, "/") // the same resource
+		}
+		served = append(served, method+" "+path)
+	}
+	for _, operation := range documented {
+		if !slices.Contains(served, operation) {
+			t.Errorf("%s is documented, but has no route", operation)
+		}
+	}
+	for _, operation := range served {
+		if !slices.Contains(documented, operation) {
+			t.Errorf("%s has a route, but is not documented", operation)
+		}
+	}
+}
+
+func TestOpenAPIReferences(t *testing.T) {
+	t.Parallel()
+	s := loadSpec(t)
+	used, names := make(map[string]bool), make(map[string]bool)
+	walk(s.doc, "#", func(at string, object map[string]any) {
+		if ref, ok := object["$ref"].(string); ok {
+			used[ref] = true
+			if s.get(object) == nil {
+				t.Errorf("%s: %s leads nowhere", at, ref)
+			}
+		}
+		if id, ok := object["operationId"].(string); ok {
+			if names[id] {
+				t.Errorf("%s: %s is not the only one", at, id)
+			}
+			names[id] = true
+		}
+	})
+	for kind := range s.get(s.doc, "components") {
+		for name := range s.get(s.doc, "components", kind) {
+			if ref := "#/components/" + kind + "/" + name; !used[ref] {
+				t.Errorf("%s is not used", ref)
+			}
+		}
+	}
+	for _, id := range []string{"createTask", "listTasks", "getTask", "replaceTask", "patchTask", "completeTask", "deleteTask"} {
+		if !names[id] {
+			t.Errorf("there is no operation %s", id)
+		}
+	}
+	for _, name := range []string{"Task", "NewTask", "TaskReplacement", "TaskPatch", "Completion", "Problem"} {
+		if s.get(s.doc, "components", "schemas", name) == nil {
+			t.Errorf("there is no schema %s", name)
+		}
+	}
+}
+
+func TestOpenAPIExamples(t *testing.T) {
+	t.Parallel()
+	s := loadSpec(t)
+	walk(s.doc, "#", func(at string, object map[string]any) {
+		schema, _ := object["schema"].(map[string]any) // of a parameter, a header or content
+		if schema == nil {
+			return
+		}
+		var values []any
+		if value, ok := object["example"]; ok {
+			values = append(values, value)
+		}
+		for name := range s.get(object, "examples") {
+			values = append(values, s.get(object, "examples", name)["value"])
+		}
+		if len(values) == 0 {
+			t.Errorf("%s has no example", at)
+		}
+		for _, value := range values {
+			for _, v := range s.validate(at, schema, value, true) {
+				t.Errorf("example: %s", v)
+			}
+		}
+	})
+}
+
+func TestOpenAPISchemas(t *testing.T) {
+	t.Parallel()
+	s := loadSpec(t)
+	var visit func(at string, schema map[string]any)
+	visit = func(at string, schema map[string]any) {
+		for _, v := range s.validate(at, schema, nil, false) {
+			if strings.Contains(v, "unknown") {
+				t.Error(v)
+			}
+		}
+		if pattern, ok := schema["pattern"].(string); ok {
+			s.matches(pattern, "") // panics unless it compiles
+		}
+		for name := range s.get(schema, "properties") {
+			visit(at+"/"+name, s.get(schema, "properties", name))
+		}
+		if items := s.get(schema, "items"); items != nil {
+			visit(at+"/items", items)
+		}
+	}
+	walk(s.doc, "#", func(at string, object map[string]any) {
+		if object["schema"] != nil {
+			visit(at, s.get(object, "schema"))
+		}
+	})
+
+	// A default in a request body makes the member required in generated clients.
+	s.operations(func(template, method string, operation map[string]any) {
+		for mediaType := range s.get(operation, "requestBody", "content") {
+			schema := s.get(operation, "requestBody", "content", mediaType, "schema")
+			if schema["additionalProperties"] != false {
+				t.Errorf("%s %s: the request body allows unknown members", method, template)
+			}
+			for name := range s.get(schema, "properties") {
+				if _, ok := s.get(schema, "properties", name)["default"]; ok {
+					t.Errorf("%s %s: the request member %s has a default", method, template, name)
+				}
+			}
+		}
+	})
+
+	// The title's pattern is the rule for white space and U+0000, written a second time.
+	pattern := s.get(s.doc, "components", "schemas", "Task", "properties", "title")["pattern"].(string)
+	for r := rune(0); r <= math.MaxUint16; r++ { // there is no white space beyond
+		if got, want := s.matches(pattern, string(r)), r != 0 && !unicode.IsSpace(r); got != want {
+			t.Errorf("a title of only %U: allowed %t, want %t", r, got, want)
+		}
+	}
+}
+
+// TestOpenAPIStatuses holds each operation to the list of statuses which follows
+// from what it takes and does.
+func TestOpenAPIStatuses(t *testing.T) {
+	t.Parallel()
+	s := loadSpec(t)
+	success := map[string]string{"createTask": "201", "deleteTask": "204", "getRoot": "307"}
+	s.operations(func(template, method string, operation map[string]any) {
+		id := operation["operationId"].(string)
+		want := []string{"200"}
+		if status, ok := success[id]; ok {
+			want[0] = status
+		}
+		if strings.HasPrefix(template, "/api/") {
+			want = append(want, "403", "422", "500", "503")
+		}
+		if strings.Contains(template, "{id}") {
+			want = append(want, "404")
+			if method != "get" {
+				want = append(want, "412")
+			}
+		}
+		if operation["requestBody"] != nil {
+			want = append(want, "400", "408", "413", "415")
+		}
+		switch id {
+		case "getTask":
+			want = append(want, "304")
+		case "getReadiness":
+			want = append(want, "503")
+		}
+		slices.Sort(want)
+		responses := s.get(operation, "responses")
+		if got := slices.Sorted(maps.Keys(responses)); !slices.Equal(got, want) {
+			t.Errorf("%s has the statuses %v, want %v", id, got, want)
+		}
+
+		for status := range responses {
+			code, _ := strconv.Atoi(status)
+			examples := s.get(responses, status, "content", "application/problem+json", "examples")
+			if (examples != nil) != (code >= 400) {
+				t.Errorf("%s %s: is a problem: %t", id, status, examples != nil)
+			}
+			for name := range examples {
+				for _, v := range problemViolations(s.get(s.get(examples, name)["value"]), code) {
+					t.Errorf("%s %s: example %s: %s", id, status, name, v)
+				}
+			}
+		}
+	})
+}
+
+func TestOpenAPIValidator(t *testing.T) {
+	t.Parallel()
+	s := &spec{doc: map[string]any{"Even": map[string]any{"enum": []any{json.Number("2"), json.Number("4")}}}}
+	for _, test := range []struct {
+		schema    string
+		good, bad string // JSON texts, one a line
+	}{
+		{`{"type": "string"}`, `""`, "null\n1\ntrue\n[]\n{}"},
+		{`{"type": "boolean"}`, "true\nfalse", "null\n0\n\"true\""},
+		{`{"type": "null"}`, "null", "false\n\"\""},
+		{`{"type": "array"}`, "[]", "{}\nnull"},
+		{`{"type": "object"}`, "{}", "[]\nnull"},
+		{`{"type": "number"}`, "1\n1.5", `"1"`},
+		{`{"type": "integer"}`, "1\n-1\n1.0", "1.5\n\"1\""},
+		{`{"type": ["string", "null"]}`, "null\n\"\"", "1\nfalse"},
+		{`{"const": "ok"}`, `"ok"`, "\"OK\"\nnull"},
+		{`{"enum": ["a", null]}`, "\"a\"\nnull", `"b"`},
+		{`{"minLength": 2}`, "\"ab\"\n\"😀😀\"\n1", "\"\"\n\"😀\""},
+		{`{"maxLength": 2}`, "\"ab\"\n\"😀😀\"\n123", `"abc"`},
+		{`{"pattern": "^a+$"}`, "\"aa\"\nnull", "\"\"\n\"ab\""},
+		{`{"format": "uuid"}`, "\"019c2292-294B-774b-8e0f-5b3a1f6c9d42\"\n1", "\"\"\n\"019c2292294b774b8e0f5b3a1f6c9d42\""},
+		{`{"format": "date-time"}`, "\"2026-02-03T08:15:30.5Z\"\n1", "\"\"\n\"2026-02-30T08:15:30Z\"\n\"2026-02-03 08:15:30Z\""},
+		{`{"format": "int64"}`, "1\n\"x\"", "9223372036854775808\n1.5"},
+		{`{"format": "hostname"}`, "", `"example.org"`},
+		{`{"minimum": 1}`, "1\n\"\"", "0\n-1"},
+		{`{"maximum": 1}`, "1\n-1", "1.1\n2"},
+		{`{"minItems": 1}`, "[1]\n{}", "[]"},
+		{`{"maxItems": 1}`, "[]\n[1]", "[1, 2]"},
+		{`{"items": {"type": "integer"}}`, "[]\n[1, 2]\n{}", "[1, \"2\"]"},
+		{`{"minProperties": 1}`, "{\"a\": 1}\n[]", "{}"},
+		{`{"maxProperties": 1}`, "{}\n{\"a\": 1}", `{"a": 1, "b": 2}`},
+		{`{"required": ["a"]}`, "{\"a\": null}\n[]", "{}\n{\"A\": 1}"},
+		{`{"properties": {"a": {"type": "integer"}}}`, "{}\n{\"a\": 1}\n{\"b\": \"\"}", `{"a": ""}`},
+		{`{"properties": {"a": {}}, "additionalProperties": false}`, "{}\n{\"a\": 1}\n[]", "{\"b\": 1}\n{\"a\": 1, \"A\": 1}"},
+		{`{"properties": {"a": {"properties": {"b": {"minimum": 3}}}}}`, `{"a": {"b": 3}}`, `{"a": {"b": 2}}`},
+		{`{"$ref": "#/Even"}`, "2\n4", "3"},
+		{`{"items": {"$ref": "#/Even"}}`, "[2]", "[2, 3]"},
+		{`{"oneOf": []}`, "", "1\nnull"},
+	} {
+		schema, err := decodeJSON([]byte(test.schema))
+		if err != nil {
+			t.Fatalf("%s: %v", test.schema, err)
+		}
+		for want, texts := range map[bool]string{true: test.good, false: test.bad} {
+			for text := range strings.SplitSeq(texts, "\n") {
+				if text == "" {
+					continue
+				}
+				value, err := decodeJSON([]byte(text))
+				if err != nil {
+					t.Fatalf("%s: %v", text, err)
+				}
+				if got := s.validate("value", schema.(map[string]any), value, false); (len(got) == 0) != want {
+					t.Errorf("%s of %s: valid is not %t: %q", test.schema, text, want, got)
+				}
+			}
+		}
+	}
+
+	closed := map[string]any{"properties": map[string]any{"a": map[string]any{}}}
+	if got := s.validate("value", closed, map[string]any{"b": 1}, true); len(got) == 0 {
+		t.Error("closed: a member that the schema does not name is allowed")
+	}
+}
+
+// failures is a test that only counts its failures.
+type failures struct {
+	testing.TB
+	messages []string
+}
+
+func (f *failures) Helper() {}
+func (f *failures) Errorf(format string, args ...any) {
+	f.messages = append(f.messages, fmt.Sprintf(format, args...))
+}
+
+func TestOpenAPICheck(t *testing.T) {
+	t.Parallel()
+	s := loadSpec(t)
+	const task = `{"id":"019c2292-294b-774b-8e0f-5b3a1f6c9d42","user_id":null,"title":"Buy milk","description":null,"completed":false,` +
+		`"version":1,"created_at":"2026-02-03T08:15:30.123456Z","updated_at":"2026-02-03T08:15:30.123456Z"}`
+	const problem = `{"type":"about:blank","title":"Not Found","status":404,"detail":"No.","request_id":"r1"}`
+	const invalid = `{"type":"about:blank","title":"Unprocessable Entity","status":422,"detail":"No.","request_id":"r1",` +
+		`"errors":[{"detail":"is wrong","pointer":"#/title"}]}`
+	const ok, created, missing = "Cache-Control: no-cache\nETag: \"1\"\nContent-Type: application/json",
+		"Cache-Control: no-cache\nETag: \"1\"\nContent-Type: application/json\nLocation: /api/tasks/019c2292-294b-774b-8e0f-5b3a1f6c9d42",
+		"Cache-Control: no-store\nContent-Type: application/problem+json"
+	replace := strings.NewReplacer
+
+	for _, test := range []struct {
+		name    string
+		request string // method, target and body
+		status  int
+		header  string
+		body    string
+		good    bool
+	}{
+		{"a task", "GET /api/tasks/1", 200, ok, task, true},
+		{"its head", "HEAD /api/tasks/1", 200, ok, "", true},
+		{"with CORS", "GET /api/tasks/1", 200, ok + "\nVary: Origin\nAccess-Control-Allow-Origin: *", task, true},
+		{"not modified", "GET /api/tasks/1", 304, "Cache-Control: no-cache\nETag: \"1\"", "", true},
+		{"undocumented status", "GET /api/tasks/1", 202, ok, task, false},
+		{"undocumented header", "GET /api/tasks/1", 200, ok + "\nX-Debug: 1", task, false},
+		{"header missing", "GET /api/tasks/1", 200, "ETag: \"1\"\nContent-Type: application/json", task, false},
+		{"header wrong", "GET /api/tasks/1", 200, replace(`"1"`, `W/"1"`).Replace(ok), task, false},
+		{"media type wrong", "GET /api/tasks/1", 200, replace("json", "xml").Replace(ok), task, false},
+		{"body missing", "GET /api/tasks/1", 200, ok, "", false},
+		{"member missing", "GET /api/tasks/1", 200, ok, replace(`"user_id":null,`, "").Replace(task), false},
+		{"member wrong", "GET /api/tasks/1", 200, ok, replace(`"version":1`, `"version":"1"`).Replace(task), false},
+		{"member undocumented", "GET /api/tasks/1", 200, ok, replace(`"version":1`, `"version":1,"rank":1`).Replace(task), false},
+		{"content not documented", "DELETE /api/tasks/1", 204, ok, task, false},
+		{"no task", "GET /api/tasks/1", 404, missing, problem, true},
+		{"another problem's status", "GET /api/tasks/1", 404, missing, replace("404", "405").Replace(problem), false},
+		{"another request's problem", "GET /api/tasks/1", 404, missing, replace("r1", "r2").Replace(problem), false},
+		{"no path", "GET /nowhere", 404, missing, problem, true},
+		{"no path, served", "GET /nowhere", 200, ok, task, false},
+		{"no method", "DELETE /api/tasks/", 405, missing + "\nAllow: GET, HEAD, POST",
+			replace("404", "405", "Not Found", "Method Not Allowed").Replace(problem), true},
+		{"no method, nor Allow", "DELETE /api/tasks", 405, missing, replace("404", "405", "Not Found", "Method Not Allowed").Replace(problem), false},
+		{"created", `POST /api/tasks {"title":"Buy milk","version":"any"}`, 201, created, task, true},
+		{"created from an unknown member", `POST /api/tasks {"title":"Buy milk","colour":1}`, 201, created, task, false},
+		{"created with an unknown parameter", `POST /api/tasks?colour=1 {"title":"Buy milk"}`, 201, created, task, false},
+		{"refused rightly", `POST /api/tasks {"title":" "}`, 422, missing, invalid, true},
+		{"refused wrongly", `POST /api/tasks {"title":"Buy milk"}`, 422, missing, invalid, false},
+		{"listed", "GET /api/tasks?limit=2&completed=true", 200, "Cache-Control: no-cache\nContent-Type: application/json", "[" + task + "]", true},
+		{"listed with a bad parameter", "GET /api/tasks?limit=0", 200, "Cache-Control: no-cache\nContent-Type: application/json", "[]", false},
+	} {
+		parts := strings.SplitN(test.request+" ", " ", 3)
+		body := strings.TrimSpace(parts[2])
+		req := httptest.NewRequest(parts[0], parts[1], nil)
+		req.Header.Set("Content-Type", "application/json")
+		resp := &http.Response{StatusCode: test.status, Status: strconv.Itoa(test.status), Header: http.Header{}}
+		resp.Header.Set("X-Request-ID", "r1")
+		resp.Header.Set("X-Content-Type-Options", "nosniff")
+		for line := range strings.SplitSeq(test.header, "\n") {
+			name, value, _ := strings.Cut(line, ": ")
+			resp.Header.Set(name, value)
+		}
+		f := &failures{TB: t}
+		s.check(f, req, []byte(body), resp, []byte(test.body))
+		if (len(f.messages) == 0) != test.good {
+			t.Errorf("%s: passes is not %t: %q", test.name, test.good, f.messages)
+		}
+	}
+}
