@@ -762,9 +762,9 @@ func problemOf(err error) *problem {
 		p.Errors = InvalidError{{Header: "Idempotency-Key", Detail: "was used before with other content"}}
 		return p
 	case errors.Is(err, ErrUnavailable):
-		return refuse(http.StatusServiceUnavailable, "The database did not answer. A write may or may not have been applied, once.")
+		return refuse(http.StatusServiceUnavailable, "The database did not answer; a write may have been applied, or may still be, once.")
 	}
-	return refuse(http.StatusInternalServerError, "The service failed. The cause has been logged under this request_id.")
+	return refuse(http.StatusInternalServerError, "The service failed; the cause is in its log under this request_id.")
 }
 
 // writeProblem writes an error as a problem document.
