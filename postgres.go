@@ -256,6 +256,7 @@ func (w *wire) closed() bool {
 		return true
 	}
 	quiet := false
+	w.SetDeadline(time.Time{}) // the last statement's, past which nothing is read
 	err = raw.Read(func(fd uintptr) bool {
 		quiet = wouldBlock(syscall.Read, fd)
 		return true
