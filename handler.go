@@ -19,7 +19,6 @@ import (
 	"net/http"
 	"net/url"
 	"os"
-	"path"
 	"runtime/debug"
 	"slices"
 	"strconv"
@@ -39,6 +38,7 @@ const (
 	readyTimeout    = time.Second
 	corsMaxAge      = "7200" // seconds; browsers allow no more
 	retryAfter      = "1"    // seconds
+	noRoute         = "unmatched" // in logs and metrics
 	mediaTypeJSON   = "application/json"
 	mediaTypePatch  = "application/merge-patch+json"
 	contentSecurity = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'; " +
@@ -69,8 +69,6 @@ type Handler struct {
 	slots    chan struct{} // one for each request on tasks that is served
 	metrics  metrics
 	draining atomic.Bool
-
-	crossOrigin http.CrossOriginProtection
 }
 
 // NewHandler returns a Handler.
@@ -106,14 +104,21 @@ type userKey struct{}
 // returns an error, which [Handler.ServeHTTP] makes the answer.
 type endpoint func(w http.ResponseWriter, r *http.Request) error
 
-func (e endpoint) ServeHTTP(w http.ResponseWriter, r *http.Request) {
-	w.(*response).err = e(w, r)
-}
-
 // route is a pattern of [http.ServeMux] and where it leads.
 type route struct {
 	pattern string
-	endpoint
+	serve   endpoint
+}
+
+func (rt route) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	res := w.(*response)
+	_, res.route, _ = strings.Cut(rt.pattern, " ")
+	var csrf http.CrossOriginProtection
+	if !res.named && csrf.Check(r) != nil {
+		res.err = refuse(http.StatusForbidden, "Requests from this origin are not allowed.")
+		return
+	}
+	res.err = rt.serve(w, r)
 }
 
 func (h *Handler) routes() []route {
@@ -181,8 +186,7 @@ func (h *Handler) listTasks(ctx context.Context, w http.ResponseWriter, r *reque
 		next.Set("after", page[len(page)-1].ID)
 		w.Header().Set("Link", "</api/tasks?"+next.Encode()+`>; rel="next"`)
 	}
-	w.Header().Set("Cache-Control", "no-cache")
-	return writeJSON(w, http.StatusOK, mediaTypeJSON, page)
+	return writeTasks(w, page)
 }
 
 func (h *Handler) getTask(ctx context.Context, w http.ResponseWriter, r *request) error {
@@ -193,7 +197,7 @@ func (h *Handler) getTask(ctx context.Context, w http.ResponseWriter, r *request
 	if noneMatch(r.Header, t.Version) {
 		return writeTask(w, http.StatusOK, t)
 	}
-	w.Header().Set("ETag", etag(t))
+	w.Header().Set("Etag", etag(t))
 	w.Header().Set("Cache-Control", "no-cache")
 	w.WriteHeader(http.StatusNotModified)
 	return nil
@@ -577,7 +581,7 @@ func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	h.metrics.inFlight.Add(1)
 	defer h.metrics.inFlight.Add(-1)
 	res := &response{ResponseWriter: w, requestID: requestID(r)}
-	w.Header().Set("X-Request-ID", res.requestID)
+	w.Header().Set("X-Request-Id", res.requestID)
 	w.Header().Set("X-Content-Type-Options", "nosniff")
 	if r.ContentLength != 0 || h.draining.Load() {
 		// A body must have been read before another request can come, and
@@ -604,49 +608,36 @@ func (h *Handler) serve(w *response, r *http.Request) {
 				w.err = fmt.Errorf("panic: %v", v)
 				panic(http.ErrAbortHandler)
 			}
+			w.route = cmp.Or(w.route, noRoute)
 			w.err = fmt.Errorf("panic: %v\n%s", v, debug.Stack())
 		}
 	}()
-	named := h.allowOrigin(w.Header(), r.Header.Get("Origin"))
-	if escaped := r.URL.EscapedPath(); path.Clean(escaped) != escaped && path.Clean(escaped)+"/" != escaped {
-		w.err = refuse(http.StatusNotFound, "There is nothing at this path.") // ServeMux would redirect
-		return
-	}
-	_, pattern := h.mux.Handler(r)
-	if pattern == "" {
-		w.err = h.unmatched(w, r, named)
-		return
-	}
-	_, route, _ := strings.Cut(pattern, " ")
-	w.route = cmp.Or(strings.TrimSuffix(strings.TrimSuffix(route, "{$}"), "/"), "/")
-	if !named && h.crossOrigin.Check(r) != nil {
-		w.err = refuse(http.StatusForbidden, "Requests from this origin are not allowed.")
-		return
-	}
+	w.named = h.allowOrigin(w.Header(), r.Header.Get("Origin"))
 	h.mux.ServeHTTP(w, r)
+	if w.route == "" {
+		w.err = h.unmatched(w, r)
+	}
 }
 
 // unmatched answers a request whose path or method no route has, a preflight
-// of CORS among them (Fetch standard, §3.3). named tells whether it comes from
-// an origin that may send requests.
-func (h *Handler) unmatched(w *response, r *http.Request, named bool) error {
-	var allow []string
-	for _, method := range []string{"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE"} {
-		if _, pattern := h.mux.Handler(&http.Request{Method: method, URL: r.URL}); pattern != "" {
-			allow = append(allow, method)
-		}
-	}
-	switch {
-	case allow == nil:
+// of CORS among them (Fetch standard, §3.3).
+func (h *Handler) unmatched(w *response, r *http.Request) error {
+	header := w.Header()
+	header.Del("Location") // ServeMux wanted to redirect
+	w.route = noRoute
+	switch allow := header.Get("Allow"); {
+	case allow == "":
 		return refuse(http.StatusNotFound, "There is nothing at this path.")
-	case named && r.Method == http.MethodOptions && r.Header.Get("Access-Control-Request-Method") != "":
-		w.Header().Set("Access-Control-Allow-Methods", strings.Join(allow, ", "))
-		w.Header().Set("Access-Control-Allow-Headers", "Content-Type, If-Match, If-None-Match, Idempotency-Key, X-Request-ID")
-		w.Header().Set("Access-Control-Max-Age", corsMaxAge)
+	case w.named && r.Method == http.MethodOptions && r.Header.Get("Access-Control-Request-Method") != "":
+		header.Set("Access-Control-Allow-Methods", allow)
+		header.Set("Access-Control-Allow-Headers", "Content-Type, If-Match, If-None-Match, Idempotency-Key, X-Request-ID")
+		header.Set("Access-Control-Max-Age", corsMaxAge)
+		for _, name := range []string{"Allow", "Content-Type"} {
+			header.Del(name)
+		}
 		w.WriteHeader(http.StatusNoContent)
 		return nil
 	}
-	w.Header().Set("Allow", strings.Join(allow, ", "))
 	return refuse(http.StatusMethodNotAllowed, "The method %s is not allowed here.", r.Method)
 }
 
@@ -667,7 +658,7 @@ func (h *Handler) allowOrigin(header http.Header, origin string) bool {
 
 // requestID returns the request's own id if it is a good one, else a new one.
 func requestID(r *http.Request) string {
-	id := r.Header.Get("X-Request-ID")
+	id := r.Header.Get("X-Request-Id")
 	bad := strings.ContainsFunc(id, func(c rune) bool {
 		return (c < 'a' || c > 'z') && (c < 'A' || c > 'Z') && (c < '0' || c > '9') && !strings.ContainsRune("._-", c)
 	})
@@ -697,22 +688,30 @@ func (h *Handler) log(r *http.Request, w *response, elapsed time.Duration) {
 	h.opts.Logger.LogAttrs(r.Context(), level, "request", attrs...)
 }
 
-// response is a ResponseWriter that knows what has become of its request.
+// response is a ResponseWriter that knows what has become of its request. Until
+// the request has a route it writes nothing: what [http.ServeMux] says, in plain
+// text, of a path or a method that it does not know is said by a problem instead.
 type response struct {
 	http.ResponseWriter
 	requestID string
-	route     string // the path of the pattern; "": none
+	named     bool   // the origin of the request may send any
+	route     string // the path of its pattern; "": none yet
 	status    int    // 0: nothing has been written
 	bytes     int
 	err       error // what the endpoint returned
 }
 
 func (w *response) WriteHeader(status int) {
-	w.status = status
-	w.ResponseWriter.WriteHeader(status)
+	if w.route != "" {
+		w.status = status
+		w.ResponseWriter.WriteHeader(status)
+	}
 }
 
 func (w *response) Write(b []byte) (int, error) {
+	if w.route == "" {
+		return len(b), nil
+	}
 	n, err := w.ResponseWriter.Write(b)
 	w.bytes += n
 	return n, err
@@ -780,9 +779,22 @@ func writeProblem(w *response, err error) {
 
 // writeTask writes a task.
 func writeTask(w http.ResponseWriter, status int, t Task) error {
-	w.Header().Set("ETag", etag(t))
+	w.Header().Set("Etag", etag(t))
 	w.Header().Set("Cache-Control", "no-cache")
-	return writeJSON(w, status, mediaTypeJSON, t)
+	return write(w, status, mediaTypeJSON, append(t.appendJSON(nil), '\n'))
+}
+
+// writeTasks writes a page of tasks.
+func writeTasks(w http.ResponseWriter, page []Task) error {
+	b := []byte{'['}
+	for i, t := range page {
+		if i > 0 {
+			b = append(b, ',')
+		}
+		b = t.appendJSON(b)
+	}
+	w.Header().Set("Cache-Control", "no-cache")
+	return write(w, http.StatusOK, mediaTypeJSON, append(b, "]\n"...))
 }
 
 // writeJSON writes a value as JSON.

@@ -104,6 +104,8 @@ Environment variables, an empty one counting as unset:
   ADDR              address to listen on (localhost:8080)
   PORT              port to listen on, on all interfaces, if ADDR is unset
   DB_MAX_CONNS      connections to PostgreSQL (10)
+  DB_PREPARE        prepare statements: faster, but not behind a pooler in transaction
+                    mode; true or false (false; true for the private PostgreSQL)
   REQUEST_TIMEOUT   deadline of one request, at most 50s (5s)
   MAX_IN_FLIGHT     requests on tasks served at once; one more is 503 (1000)
   SHUTDOWN_TIMEOUT  how long a stop waits for the requests in flight (10s)
@@ -116,6 +118,7 @@ Environment variables, an empty one counting as unset:
 // config is what the environment says.
 type config struct {
 	databaseURL     string // "": a private PostgreSQL
+	prepare         bool
 	pgBin           string
 	addr            string
 	maxConns        int
@@ -129,6 +132,7 @@ func configure(getenv func(string) string, stdout io.Writer) (config, error) {
 	env := environment{getenv: getenv}
 	cfg := config{
 		databaseURL:     getenv("DATABASE_URL"),
+		prepare:         env.boolean("DB_PREPARE"),
 		pgBin:           getenv("PG_BIN"),
 		addr:            env.addr(),
 		maxConns:        env.number("DB_MAX_CONNS", 10, 10_000),
@@ -173,6 +177,14 @@ func (e *environment) duration(name string, def, most time.Duration) time.Durati
 		e.invalid(name, fmt.Sprintf("a duration such as %v, at most %v", def, most))
 	}
 	return d
+}
+
+func (e *environment) boolean(name string) bool {
+	b, err := strconv.ParseBool(cmp.Or(e.getenv(name), "false"))
+	if err != nil {
+		e.invalid(name, "true or false")
+	}
+	return b
 }
 
 func (e *environment) addr() string {
@@ -261,9 +273,9 @@ func serve(ctx context.Context, cfg config) (err error) {
 			return unlessStopped(ctx, startErr)
 		}
 		defer func() { err = errors.Join(err, local.Stop()) }()
-		databaseURL = local.URL
+		databaseURL, cfg.prepare = local.URL, true
 	}
-	db, err := OpenDB(databaseURL)
+	db, err := openDB(databaseURL, cfg.prepare)
 	if err != nil {
 		return usageError{fmt.Errorf("DATABASE_URL: %w", err)}
 	}

@@ -43,7 +43,14 @@ import (
 // The pool runs a statement again when its connection turns out to be dead, as
 // [database/sql] does, but only if it is a SELECT or was not sent. Any other has
 // then an unknown outcome, which is an error.
-func OpenDB(url string) (*sql.DB, error) {
+func OpenDB(url string) (*sql.DB, error) { return openDB(url, false) }
+
+// OpenPreparedDB is OpenDB for a PostgreSQL that is reached without a pooler in
+// transaction mode: a connection prepares each SELECT when it first comes, so
+// that the server does not plan it again.
+func OpenPreparedDB(url string) (*sql.DB, error) { return openDB(url, true) }
+
+func openDB(url string, prepare bool) (*sql.DB, error) {
 	cfg, err := parseURL(url)
 	if err != nil {
 		return nil, err
@@ -53,7 +60,7 @@ func OpenDB(url string) (*sql.DB, error) {
 		return nil, err
 	}
 	c.Dialer(&dialer{})
-	db := sql.OpenDB(connector{c})
+	db := sql.OpenDB(connector{c, prepare})
 	db.SetMaxOpenConns(10)
 	db.SetMaxIdleConns(10)
 	db.SetConnMaxIdleTime(2 * time.Minute)
@@ -161,7 +168,10 @@ func (e *connectError) Error() string { return "connect to PostgreSQL: " + e.err
 func (e *connectError) Unwrap() error { return e.err }
 
 // connector makes connections of lib/pq into conns.
-type connector struct{ *pq.Connector }
+type connector struct {
+	*pq.Connector
+	prepare bool
+}
 
 func (c connector) Connect(ctx context.Context) (driver.Conn, error) {
 	var w *wire
@@ -170,13 +180,17 @@ func (c connector) Connect(ctx context.Context) (driver.Conn, error) {
 		return nil, &connectError{err}
 	}
 	w.deadline = time.Time{}
-	return &conn{dc.(pqConn), w}, nil
+	cn := &conn{pqConn: dc.(pqConn), wire: w}
+	if c.prepare {
+		cn.prepared = make(map[string]driver.StmtQueryContext)
+	}
+	return cn, nil
 }
 
 // Limits of what a server may take its time for.
 const (
 	connectTimeout = 10 * time.Second       // to accept a connection
-	cancelTimeout  = 5 * time.Second        // to accept the request to cancel a statement
+	cancelTimeout  = 400 * time.Millisecond // to accept the request to cancel a statement
 	cancelGrace    = 50 * time.Millisecond  // to answer, after the statement's deadline
 	closeTimeout   = 100 * time.Millisecond // to take leave
 )
@@ -242,7 +256,7 @@ func (w *wire) end(query string, err error) error {
 	if err == nil || !lost(err) {
 		return err
 	}
-	if !w.sent || strings.HasPrefix(query, "SELECT") {
+	if !w.sent || isSelect(query) {
 		return driver.ErrBadConn
 	}
 	return fmt.Errorf("%w (%v)", errUnknownOutcome, err)
@@ -289,7 +303,8 @@ type pqConn interface {
 // conn is a connection of lib/pq that has a wire.
 type conn struct {
 	pqConn
-	wire *wire
+	wire     *wire
+	prepared map[string]driver.StmtQueryContext // SELECTs; nil: they are not prepared
 }
 
 // ResetSession is called by database/sql before a pooled connection is used. A
@@ -312,9 +327,33 @@ func (c *conn) Ping(ctx context.Context) error {
 
 func (c *conn) QueryContext(ctx context.Context, query string, args []driver.NamedValue) (driver.Rows, error) {
 	c.wire.begin(ctx)
-	rows, err := c.pqConn.QueryContext(ctx, query, args)
+	rows, err := c.query(ctx, query, args)
 	return rows, c.wire.end(query, err)
 }
+
+func (c *conn) query(ctx context.Context, query string, args []driver.NamedValue) (driver.Rows, error) {
+	if c.prepared == nil || !isSelect(query) {
+		return c.pqConn.QueryContext(ctx, query, args)
+	}
+	stmt, ok := c.prepared[query]
+	if !ok {
+		s, err := c.pqConn.PrepareContext(ctx, query)
+		if err != nil {
+			return nil, err
+		}
+		stmt = s.(driver.StmtQueryContext)
+		c.prepared[query] = stmt
+	}
+	rows, err := stmt.QueryContext(ctx, args)
+	switch sqlState(err) {
+	case "0A000", "26000": // the table has changed, the statement is gone: start over
+		return nil, driver.ErrBadConn
+	}
+	return rows, err
+}
+
+// isSelect reports whether a statement may be run twice, and is worth preparing.
+func isSelect(query string) bool { return strings.HasPrefix(query, "SELECT") }
 
 func (c *conn) ExecContext(ctx context.Context, query string, args []driver.NamedValue) (driver.Result, error) {
 	c.wire.begin(ctx)

@@ -140,7 +140,8 @@ func (s *Store) List(ctx context.Context, f Filter) (page []Task, more bool, err
 		where("user_id =", *f.Owner)
 	}
 	if f.Completed != nil {
-		where("completed =", *f.Completed)
+		// No parameter, because the plan depends on it.
+		query += " AND completed = " + strconv.FormatBool(*f.Completed)
 	}
 	order, beyond := " ORDER BY id", "id >"
 	if f.Descending {
