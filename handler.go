@@ -36,8 +36,8 @@ const (
 	maxLimit        = 1000      // tasks on a page
 	defaultLimit    = 100
 	readyTimeout    = time.Second
-	corsMaxAge      = "7200" // seconds; browsers allow no more
-	retryAfter      = "1"    // seconds
+	corsMaxAge      = "7200"      // seconds; browsers allow no more
+	retryAfter      = "1"         // seconds
 	noRoute         = "unmatched" // in logs and metrics
 	mediaTypeJSON   = "application/json"
 	mediaTypePatch  = "application/merge-patch+json"
