@@ -605,7 +605,7 @@ func (h *Handler) serve(w *response, r *http.Request) {
 		if v := recover(); v != nil {
 			if w.status != 0 || v == http.ErrAbortHandler {
 				// Part of an answer is out: only breaking it off tells so.
-				w.err = fmt.Errorf("panic: %v", v)
+				w.status, w.err = http.StatusInternalServerError, fmt.Errorf("panic: %v\n%s", v, debug.Stack())
 				panic(http.ErrAbortHandler)
 			}
 			w.route = cmp.Or(w.route, noRoute)
