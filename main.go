@@ -105,7 +105,7 @@ Environment variables, an empty one counting as unset:
   PORT              port to listen on, on all interfaces, if ADDR is unset
   DB_MAX_CONNS      connections to PostgreSQL (10)
   DB_PREPARE        prepare statements: faster, but not behind a pooler in transaction
-                    mode; true or false (false; true for the private PostgreSQL)
+                    mode; true or false (false, but true for the private PostgreSQL)
   REQUEST_TIMEOUT   deadline of one request, at most 50s (5s)
   MAX_IN_FLIGHT     requests on tasks served at once; one more is 503 (1000)
   SHUTDOWN_TIMEOUT  how long a stop waits for the requests in flight (10s)

@@ -46,8 +46,8 @@ import (
 func OpenDB(url string) (*sql.DB, error) { return openDB(url, false) }
 
 // OpenPreparedDB is OpenDB for a PostgreSQL that is reached without a pooler in
-// transaction mode: a connection prepares each SELECT when it first comes, so
-// that the server does not plan it again.
+// transaction mode: a connection prepares each statement when it first comes, so
+// that the server does not parse and plan it again. The statements should be few.
 func OpenPreparedDB(url string) (*sql.DB, error) { return openDB(url, true) }
 
 func openDB(url string, prepare bool) (*sql.DB, error) {
@@ -195,6 +195,10 @@ const (
 	closeTimeout   = 100 * time.Millisecond // to take leave
 )
 
+// aliveTime is how long after its last statement a connection is taken to be
+// alive without a look, which would cost a system call.
+const aliveTime = time.Millisecond
+
 // dialer opens the wires of connections, which tell by the context that they
 // want theirs, and of lib/pq's requests to cancel a statement, which do not.
 type dialer struct{ net.Dialer }
@@ -230,6 +234,7 @@ type wire struct {
 	net.Conn
 	deadline time.Time // zero: none
 	sent     bool      // whether a byte was written since the statement began
+	used     time.Time // when the last statement ended
 }
 
 func (w *wire) Write(p []byte) (int, error) {
@@ -252,7 +257,7 @@ func (w *wire) begin(ctx context.Context) {
 // deadline. It returns err such that database/sql, which runs a statement again
 // after driver.ErrBadConn, does so only where that is harmless.
 func (w *wire) end(query string, err error) error {
-	w.deadline = time.Time{}
+	w.deadline, w.used = time.Time{}, time.Now()
 	if err == nil || !lost(err) {
 		return err
 	}
@@ -304,7 +309,7 @@ type pqConn interface {
 type conn struct {
 	pqConn
 	wire     *wire
-	prepared map[string]driver.StmtQueryContext // SELECTs; nil: they are not prepared
+	prepared map[string]driver.StmtQueryContext // by statement; nil: none are
 }
 
 // ResetSession is called by database/sql before a pooled connection is used. A
@@ -314,7 +319,7 @@ func (c *conn) ResetSession(ctx context.Context) error {
 	if runtime.GOOS == "windows" { // where a socket cannot be read like a file
 		return c.Ping(ctx)
 	}
-	if c.wire.closed() {
+	if time.Since(c.wire.used) > aliveTime && c.wire.closed() {
 		return driver.ErrBadConn
 	}
 	return c.pqConn.ResetSession(ctx)
@@ -332,7 +337,7 @@ func (c *conn) QueryContext(ctx context.Context, query string, args []driver.Nam
 }
 
 func (c *conn) query(ctx context.Context, query string, args []driver.NamedValue) (driver.Rows, error) {
-	if c.prepared == nil || !isSelect(query) {
+	if c.prepared == nil {
 		return c.pqConn.QueryContext(ctx, query, args)
 	}
 	stmt, ok := c.prepared[query]
@@ -346,13 +351,14 @@ func (c *conn) query(ctx context.Context, query string, args []driver.NamedValue
 	}
 	rows, err := stmt.QueryContext(ctx, args)
 	switch sqlState(err) {
-	case "0A000", "26000": // the table has changed, the statement is gone: start over
+	case "0A000", "26000": // the table has changed, the statement is gone
+		c.wire.sent = false // nor was it executed: another connection will
 		return nil, driver.ErrBadConn
 	}
 	return rows, err
 }
 
-// isSelect reports whether a statement may be run twice, and is worth preparing.
+// isSelect reports whether a statement may be run twice.
 func isSelect(query string) bool { return strings.HasPrefix(query, "SELECT") }
 
 func (c *conn) ExecContext(ctx context.Context, query string, args []driver.NamedValue) (driver.Result, error) {
