@@ -171,7 +171,7 @@ func (h *Handler) createTask(ctx context.Context, w http.ResponseWriter, r *requ
 		w.Header().Set("Idempotency-Replayed", "true")
 	}
 	w.Header().Set("Location", "/api/tasks/"+t.ID)
-	return writeTask(w, http.StatusCreated, t)
+	return writeTask(w, http.StatusCreated, t, nil)
 }
 
 func (h *Handler) listTasks(ctx context.Context, w http.ResponseWriter, r *request) error {
@@ -191,11 +191,8 @@ func (h *Handler) listTasks(ctx context.Context, w http.ResponseWriter, r *reque
 
 func (h *Handler) getTask(ctx context.Context, w http.ResponseWriter, r *request) error {
 	t, err := h.store.Get(ctx, Target{ID: r.id, Owner: r.owner})
-	if err != nil {
-		return err
-	}
-	if noneMatch(r.Header, t.Version) {
-		return writeTask(w, http.StatusOK, t)
+	if err != nil || noneMatch(r.Header, t.Version) {
+		return writeTask(w, http.StatusOK, t, err)
 	}
 	w.Header().Set("Etag", etag(t))
 	w.Header().Set("Cache-Control", "no-cache")
@@ -209,10 +206,7 @@ func (h *Handler) replaceTask(ctx context.Context, w http.ResponseWriter, r *req
 		return err
 	}
 	t, err := h.store.Replace(ctx, r.target(), replacement)
-	if err != nil {
-		return err
-	}
-	return writeTask(w, http.StatusOK, t)
+	return writeTask(w, http.StatusOK, t, err)
 }
 
 func (h *Handler) patchTask(ctx context.Context, w http.ResponseWriter, r *request) error {
@@ -221,10 +215,7 @@ func (h *Handler) patchTask(ctx context.Context, w http.ResponseWriter, r *reque
 		return err
 	}
 	t, err := h.store.Patch(ctx, r.target(), patch)
-	if err != nil {
-		return err
-	}
-	return writeTask(w, http.StatusOK, t)
+	return writeTask(w, http.StatusOK, t, err)
 }
 
 func (h *Handler) completeTask(ctx context.Context, w http.ResponseWriter, r *request) error {
@@ -237,10 +228,7 @@ func (h *Handler) completeTask(ctx context.Context, w http.ResponseWriter, r *re
 		completed = &b
 	}
 	t, err := h.store.Complete(ctx, r.target(), completed)
-	if err != nil {
-		return err
-	}
-	return writeTask(w, http.StatusOK, t)
+	return writeTask(w, http.StatusOK, t, err)
 }
 
 func (h *Handler) deleteTask(ctx context.Context, w http.ResponseWriter, r *request) error {
@@ -418,11 +406,13 @@ func parseQuery(query string, known []string) (Filter, InvalidError) {
 		if pair == "" {
 			continue
 		}
-		name, value, err := unescape(pair)
+		name, value, _ := strings.Cut(pair, "=")
+		name, nameErr := url.QueryUnescape(name)
+		value, valueErr := url.QueryUnescape(value)
 		detail := ""
 		switch {
-		case err != nil:
-			detail = "is malformed"
+		case nameErr != nil || valueErr != nil || !utf8.ValidString(value) || strings.Contains(pair, ";"):
+			detail = "is malformed" // a semicolon must be encoded: some take it for a separator
 		case !slices.Contains(known, name):
 			detail = "is not a parameter known here"
 		case slices.Contains(seen, name):
@@ -436,24 +426,6 @@ func parseQuery(query string, known []string) (Filter, InvalidError) {
 		}
 	}
 	return f, violations
-}
-
-// unescape splits a name and a value, and undoes their percent-encoding. A
-// semicolon must be encoded, because some take it for a separator.
-func unescape(pair string) (name, value string, err error) {
-	name, value, _ = strings.Cut(pair, "=")
-	if strings.Contains(pair, ";") {
-		return name, value, errors.New("semicolon")
-	}
-	unescaped, err := url.QueryUnescape(name)
-	if err != nil {
-		return name, value, err
-	}
-	value, err = url.QueryUnescape(value)
-	if err == nil && !utf8.ValidString(value) {
-		err = errors.New("invalid UTF-8")
-	}
-	return unescaped, value, err
 }
 
 // set sets the field of a query parameter, or says what is wrong with its value.
@@ -777,8 +749,11 @@ func writeProblem(w *response, err error) {
 	writeJSON(w, p.Status, "application/problem+json", p)
 }
 
-// writeTask writes a task.
-func writeTask(w http.ResponseWriter, status int, t Task) error {
+// writeTask writes the task that an operation returned, or returns its error.
+func writeTask(w http.ResponseWriter, status int, t Task, err error) error {
+	if err != nil {
+		return err
+	}
 	w.Header().Set("Etag", etag(t))
 	w.Header().Set("Cache-Control", "no-cache")
 	return write(w, status, mediaTypeJSON, append(t.appendJSON(nil), '\n'))

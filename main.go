@@ -40,6 +40,7 @@ const (
 	startTimeout      = time.Minute // for a database that may yet come
 	retryInterval     = time.Second
 	drainTime         = 100 * time.Millisecond
+	healthTimeout     = 2 * time.Second
 	readHeaderTimeout = 10 * time.Second
 	readTimeout       = time.Minute // of a whole request
 	writeTimeout      = time.Minute // from the request's headers to the end of the answer
@@ -84,7 +85,7 @@ func run(ctx context.Context, args []string, getenv func(string) string, stdout 
 		return usageError{err}
 	}
 	if *healthcheck {
-		return checkHealth(ctx, cfg.addr)
+		return checkHealth(cfg.addr)
 	}
 	return serve(ctx, cfg)
 }
@@ -237,20 +238,15 @@ func (e *environment) logHandler(w io.Writer) slog.Handler {
 }
 
 // checkHealth asks the service at addr whether it is up.
-func checkHealth(ctx context.Context, addr string) error {
-	ctx, cancel := context.WithTimeout(ctx, 2*time.Second)
-	defer cancel()
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, serviceURL(addr)+"/healthz", nil)
-	if err != nil {
-		return err
-	}
-	resp, err := http.DefaultClient.Do(req)
+func checkHealth(addr string) error {
+	client := http.Client{Timeout: healthTimeout}
+	resp, err := client.Get(serviceURL(addr) + "/healthz")
 	if err != nil {
 		return err
 	}
 	resp.Body.Close()
 	if resp.StatusCode != http.StatusOK {
-		return fmt.Errorf("%s answered %s", req.URL, resp.Status)
+		return fmt.Errorf("%s answered %s", resp.Request.URL, resp.Status)
 	}
 	return nil
 }
@@ -355,10 +351,10 @@ func stop(server *http.Server, t *tracker, timeout time.Duration) error {
 	select {
 	case <-ctx.Done():
 	case <-time.After(drainTime):
-		select {
-		case <-ctx.Done():
-		case <-answered:
-		}
+	}
+	select {
+	case <-ctx.Done():
+	case <-answered:
 	}
 	if err := server.Shutdown(ctx); err != nil {
 		server.Close()
