@@ -33,6 +33,7 @@ test:
 test-browser:
 	@$(call need,initdb,postgresql,postgresql)
 	@$(call need,chromedriver,chromium chromium-driver,chromedriver)
+	@$(call need,chromium,chromium,chromium)
 	go test -tags browser -run Browser -count=1 .
 
 # lint checks the code, for all the systems that it builds on, and openapi.json.

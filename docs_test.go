@@ -1,0 +1,611 @@
+//go:build browser
+
+package main
+
+// docs_test.go uses docs.html as people do, by pointer and by keyboard, in a
+// real browser. Chromedriver drives it by the WebDriver protocol
+// (https://www.w3.org/TR/webdriver2/): JSON over HTTP.
+
+import (
+	"bufio"
+	"bytes"
+	"encoding/json"
+	"fmt"
+	"net/http"
+	"net/http/httptest"
+	"net/url"
+	"os/exec"
+	"regexp"
+	"slices"
+	"strconv"
+	"strings"
+	"testing"
+	"time"
+)
+
+// patience is how long to wait for what a browser should show. Only a failing
+// test waits that long.
+const patience = 20 * time.Second
+
+// Keys as WebDriver names them.
+const (
+	keyTab     = "\uE004"
+	keyEnter   = "\uE007"
+	keyControl = "\uE009"
+)
+
+// browser is a browser that shows the page.
+type browser struct {
+	testing.TB
+	host    string // the only one that the page may send requests to
+	session string // URL of the WebDriver session
+}
+
+// newBrowser returns a browser that shows the page at a URL. The browser is gone
+// when the test ends.
+func newBrowser(t testing.TB, page string) *browser {
+	t.Helper()
+	at, err := url.Parse(page)
+	if err != nil {
+		t.Fatal(err)
+	}
+	b := &browser{TB: t, host: at.Host, session: startDriver(t) + "/session"}
+	flags := []string{
+		"--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--disable-quic", "--no-first-run",
+		"--disable-background-networking", "--disable-component-update", "--disable-sync", "--window-size=1280,900",
+		"--user-data-dir=" + t.TempDir(),
+	}
+	var session struct{ SessionID string }
+	b.call("POST", "", &session, map[string]any{"capabilities": map[string]any{"alwaysMatch": map[string]any{
+		"timeouts":           map[string]any{"implicit": patience.Milliseconds(), "script": patience.Milliseconds()},
+		"goog:chromeOptions": map[string]any{"args": flags},
+		"goog:loggingPrefs":  map[string]any{"browser": "ALL", "performance": "ALL"},
+	}}})
+	b.session += "/" + session.SessionID
+	t.Cleanup(func() { b.call("DELETE", "", nil, nil) })
+	b.call("POST", "/url", nil, map[string]any{"url": page})
+	return b
+}
+
+// startDriver starts chromedriver, for as long as the test runs, and returns its URL.
+func startDriver(t testing.TB) string {
+	t.Helper()
+	cmd := exec.Command("chromedriver", "--port=0")
+	home := t.TempDir()
+	cmd.Env = append(cmd.Environ(), "HOME="+home, "TMPDIR="+home, "XDG_CONFIG_HOME=", "XDG_CACHE_HOME=")
+	stdout, err := cmd.StdoutPipe()
+	if err == nil {
+		err = cmd.Start()
+	}
+	if err != nil {
+		t.Fatalf("%v: this test needs Debian's packages chromium and chromium-driver", err)
+	}
+	t.Cleanup(func() {
+		cmd.Process.Kill()
+		cmd.Wait()
+	})
+	lines := bufio.NewScanner(stdout)
+	for lines.Scan() {
+		if _, port, ok := strings.Cut(lines.Text(), "started successfully on port "); ok {
+			return "http://127.0.0.1:" + strings.TrimSuffix(port, ".")
+		}
+	}
+	t.Fatalf("chromedriver has not started: %v", lines.Err())
+	return ""
+}
+
+// call sends a command and decodes what it returns into result, unless that is nil.
+func (b *browser) call(method, path string, result, command any) {
+	b.Helper()
+	body, err := json.Marshal(command)
+	if err != nil {
+		b.Fatal(err)
+	}
+	if method != "POST" {
+		body = nil
+	}
+	req, err := http.NewRequest(method, b.session+path, bytes.NewReader(body))
+	if err != nil {
+		b.Fatal(err)
+	}
+	resp, err := http.DefaultClient.Do(req)
+	if err != nil {
+		b.Fatal(err)
+	}
+	defer resp.Body.Close()
+	var got struct{ Value json.RawMessage }
+	if err := json.NewDecoder(resp.Body).Decode(&got); err != nil {
+		b.Fatalf("%s %s: %v", method, path, err)
+	}
+	if resp.StatusCode != http.StatusOK {
+		var failure struct{ Message string }
+		json.Unmarshal(got.Value, &failure)
+		b.Fatalf("%s %s %s: %s", method, path, body, failure.Message)
+	}
+	if result != nil {
+		if err := json.Unmarshal(got.Value, result); err != nil {
+			b.Fatalf("%s %s: %v", method, path, err)
+		}
+	}
+}
+
+// find waits for an element and returns its path.
+func (b *browser) find(xpath string) string {
+	b.Helper()
+	var element map[string]string
+	b.call("POST", "/element", &element, map[string]any{"using": "xpath", "value": xpath})
+	for _, id := range element {
+		return "/element/" + id
+	}
+	b.Fatalf("%s: no element", xpath)
+	return ""
+}
+
+func (b *browser) click(xpath string) {
+	b.Helper()
+	b.call("POST", b.find(xpath)+"/click", nil, struct{}{})
+}
+
+// keys presses and releases each of the keys, wherever the focus is.
+func (b *browser) keys(keys string) {
+	b.Helper()
+	var actions []any
+	for _, key := range keys {
+		for _, action := range []string{"keyDown", "keyUp"} {
+			actions = append(actions, map[string]any{"type": action, "value": string(key)})
+		}
+	}
+	b.call("POST", "/actions", nil, map[string]any{"actions": []any{
+		map[string]any{"type": "key", "id": "keyboard", "actions": actions},
+	}})
+}
+
+// script runs JavaScript and decodes what it returns into result.
+func (b *browser) script(result any, script string) {
+	b.Helper()
+	b.call("POST", "/execute/sync", result, map[string]any{"script": script, "args": []any{}})
+}
+
+// devtools sends a command of the Chrome DevTools Protocol.
+func (b *browser) devtools(command string, params map[string]any) {
+	b.Helper()
+	b.call("POST", "/goog/cdp/execute", nil, map[string]any{"cmd": command, "params": params})
+}
+
+// within returns the XPath of what is within an operation.
+func within(operation, xpath string) string {
+	return "//details[@id='" + operation + "']" + xpath
+}
+
+// toggle opens or closes an operation.
+func (b *browser) toggle(operation string) {
+	b.Helper()
+	b.click(within(operation, "/summary"))
+}
+
+// press clicks a button of an operation by what is on it.
+func (b *browser) press(operation, button string) {
+	b.Helper()
+	b.click(within(operation, `//button[normalize-space()='`+button+`']`))
+}
+
+// control returns the XPath of a control of an operation by its label.
+func control(operation, label string) string {
+	return within(operation, "//*[@aria-label='"+label+"' or @id="+within(operation, "//label[.='"+label+"']/@for")+"]")
+}
+
+// fill types a text into a control in the place of what was there.
+func (b *browser) fill(operation, label, text string) {
+	b.Helper()
+	path := b.find(control(operation, label))
+	b.call("POST", path+"/clear", nil, struct{}{})
+	b.call("POST", path+"/value", nil, map[string]any{"text": text})
+}
+
+// choose selects an option of a control.
+func (b *browser) choose(operation, label, option string) {
+	b.Helper()
+	b.click(control(operation, label) + "/option[.='" + option + "']")
+}
+
+// value returns what a control contains.
+func (b *browser) value(operation, label string) (value string) {
+	b.Helper()
+	b.call("GET", b.find(control(operation, label))+"/property/value", &value, nil)
+	return value
+}
+
+// text returns what an element says, all of it.
+func (b *browser) text(xpath string) (text string) {
+	b.Helper()
+	b.call("GET", b.find(xpath)+"/property/textContent", &text, nil)
+	return text
+}
+
+// answer waits for an operation's answer to have a status and returns its part
+// under a heading.
+func (b *browser) answer(operation, status, heading string) string {
+	b.Helper()
+	b.find(within(operation, "//*[@role='status']/strong[.='"+status+"']"))
+	h4 := "h4[.='" + heading + "']"
+	return b.text(within(operation, "//section//*[self::"+h4+" or "+h4+"]/following-sibling::pre[1]"))
+}
+
+// answered decodes the body of an answer.
+func answered[T any](b *browser, operation, status string) (value T) {
+	b.Helper()
+	body := b.answer(operation, status, "Body")
+	if err := json.Unmarshal([]byte(body), &value); err != nil {
+		b.Fatalf("%v: %s", err, body)
+	}
+	return value
+}
+
+// send sends an operation's request and decodes the body of its answer.
+func send[T any](b *browser, operation, status string) T {
+	b.Helper()
+	b.press(operation, "Send")
+	return answered[T](b, operation, status)
+}
+
+// wantQuiet fails the test if the page has logged anything but failed requests
+// of the given statuses, or has sent a request to anyone but its own host. The
+// console also tells of each violation of the Content-Security-Policy.
+func (b *browser) wantQuiet(failed ...int) {
+	b.Helper()
+	var entries []struct{ Level, Source, Message string }
+	b.call("POST", "/se/log", &entries, map[string]any{"type": "browser"})
+	var got []int
+	for _, entry := range entries {
+		if m := regexp.MustCompile(`status of (\d+)`).FindStringSubmatch(entry.Message); m != nil && entry.Source == "network" {
+			status, _ := strconv.Atoi(m[1])
+			got = append(got, status)
+			continue
+		}
+		b.Errorf("console: %+v", entry)
+	}
+	if !slices.Equal(got, failed) {
+		b.Errorf("requests failed with %v, want %v", got, failed)
+	}
+	b.call("POST", "/se/log", &entries, map[string]any{"type": "performance"})
+	sent := 0
+	for _, entry := range entries {
+		var event struct {
+			Message struct {
+				Method string
+				Params struct {
+					DocumentURL string
+					Request     struct{ URL string }
+				}
+			}
+		}
+		if err := json.Unmarshal([]byte(entry.Message), &event); err != nil {
+			b.Fatal(err)
+		}
+		if event.Message.Method != "Network.requestWillBeSent" || !strings.Contains(event.Message.Params.DocumentURL, b.host) {
+			continue // the browser's own start page makes requests, too
+		}
+		sent++
+		to, err := url.Parse(event.Message.Params.Request.URL)
+		if err != nil || to.Host != b.host && to.Scheme != "data" {
+			b.Errorf("request to %s (%v)", event.Message.Params.Request.URL, err)
+		}
+	}
+	if sent == 0 {
+		b.Error("no requests were seen")
+	}
+}
+
+func TestBrowserTasks(t *testing.T) {
+	t.Parallel()
+	b := newBrowser(t, newAPI(t, Options{}).url+"/docs")
+
+	created := send[Task](b, "createTask", "201 Created")
+	if created.Title != "Buy milk" || created.Version != 1 {
+		t.Errorf("created %+v", created)
+	}
+	b.press("createTask", "Complete a task, or reopen it")
+	if got := send[Task](b, "completeTask", "200 OK"); got.ID != created.ID || !got.Completed || got.Version != 2 {
+		t.Errorf("completed %+v", got)
+	}
+	b.press("completeTask", "Change part of a task")
+	b.fill("patchTask", "Body", `{"description": "Two litres"}`)
+	if got := send[Task](b, "patchTask", "200 OK"); got.Description == nil || *got.Description != "Two litres" || got.Version != 3 {
+		t.Errorf("patched %+v", got)
+	}
+	b.press("patchTask", "Replace a task")
+	b.choose("replaceTask", "Example", "A received task, edited")
+	if got := send[Task](b, "replaceTask", "200 OK"); got.ID != created.ID || got.Title != "Buy oat milk" || got.Completed {
+		t.Errorf("replaced %+v", got)
+	}
+	b.press("replaceTask", "Fetch a task")
+	if got := send[Task](b, "getTask", "200 OK"); got.Version != 4 {
+		t.Errorf("fetched %+v", got)
+	}
+
+	b.toggle("listTasks")
+	b.choose("listTasks", "completed", "true")
+	if got := send[[]Task](b, "listTasks", "200 OK"); len(got) != 0 {
+		t.Errorf("listed completed %+v", got)
+	}
+	b.choose("listTasks", "completed", "")
+	b.fill("listTasks", "Path and query", "/api/tasks?limit=5")
+	if got := b.value("listTasks", "limit"); got != "5" {
+		t.Errorf("limit is %q after the address was edited", got)
+	}
+	b.press("listTasks", "Send")
+	b.press("listTasks", "Delete a task")
+	b.press("deleteTask", "Send")
+	if got := b.answer("deleteTask", "204 No Content", "Headers"); !strings.Contains(got, "x-request-id: ") {
+		t.Errorf("headers of the answer:\n%s", got)
+	}
+	b.press("deleteTask", "Send")
+	b.answer("deleteTask", "404 Not Found", "Body")
+	b.wantQuiet(404)
+}
+
+func TestBrowserProblems(t *testing.T) {
+	t.Parallel()
+	b := newBrowser(t, newAPI(t, Options{}).url+"/docs")
+	b.fill("createTask", "Body", `{"title": " ", "colour": "red"}`)
+	send[any](b, "createTask", "422 Unprocessable Entity")
+	shown := b.text(within("createTask", "//*[@role='status']"))
+	for _, want := range []string{"The request breaks rules", "#/title", "must not be blank", "#/colour"} {
+		if !strings.Contains(shown, want) {
+			t.Errorf("%q does not say %q", shown, want)
+		}
+	}
+	b.click(within("createTask", "//summary[.='Query and headers']"))
+	b.fill("createTask", "Other headers, one per line", "Content-Type: text/plain")
+	send[any](b, "createTask", "415 Unsupported Media Type")
+	b.choose("createTask", "Method", "DELETE")
+	send[any](b, "createTask", "405 Method Not Allowed")
+
+	b.toggle("getTask")
+	b.press("getTask", "Send")
+	var focus string
+	b.script(&focus, `return document.activeElement.id`)
+	if focus != "getTask-id" {
+		t.Errorf("without an id, the focus is on %q", focus)
+	}
+	b.wantQuiet(422, 415, 405)
+}
+
+// A request can ask for the version that an earlier answer told of.
+func TestBrowserETag(t *testing.T) {
+	t.Parallel()
+	b := newBrowser(t, newAPI(t, Options{}).url+"/docs")
+	created := send[Task](b, "createTask", "201 Created")
+	b.press("createTask", "Fetch a task")
+	b.press("getTask", `Use If-None-Match: "1"`)
+	b.press("getTask", "Send")
+	b.answer("getTask", "304 Not Modified", "Body")
+
+	b.toggle("completeTask")
+	b.press("completeTask", "Use id: "+created.ID[:8]+"…")
+	b.press("completeTask", `Use If-Match: "1"`)
+	b.choose("completeTask", "Example", "No body")
+	if got := send[Task](b, "completeTask", "200 OK"); got.Version != 2 || !got.Completed {
+		t.Errorf("completed %+v", got)
+	}
+	send[any](b, "completeTask", "412 Precondition Failed")
+	b.press("completeTask", `Use If-Match: "2"`)
+	if got := send[Task](b, "completeTask", "200 OK"); got.Version != 3 || got.Completed {
+		t.Errorf("completed %+v", got)
+	}
+	b.press("completeTask", "Complete a task, or reopen it")
+	if got := b.value("completeTask", "If-Match"); got != "" {
+		t.Errorf("the next request has If-Match: %s", got)
+	}
+	b.wantQuiet(412)
+}
+
+// The page works where a proxy has put the service below a prefix, too.
+func TestBrowserPages(t *testing.T) {
+	for _, prefix := range []string{"", "/some/where"} {
+		t.Run(prefix, func(t *testing.T) {
+			t.Parallel()
+			a := newAPI(t, Options{})
+			for i := range 3 {
+				a.create(fmt.Sprintf(`{"title": "Task %d"}`, i))
+			}
+			server := httptest.NewServer(http.StripPrefix(prefix, a.Handler))
+			t.Cleanup(server.Close)
+			b := newBrowser(t, server.URL+prefix+"/docs#listTasks")
+			b.fill("listTasks", "limit", "2")
+			if got := send[[]Task](b, "listTasks", "200 OK"); len(got) != 2 {
+				t.Errorf("first page: %+v", got)
+			}
+			b.press("listTasks", "Next page")
+			b.find(within("listTasks", "//pre[contains(., 'Task 2')]"))
+			if got := answered[[]Task](b, "listTasks", "200 OK"); len(got) != 1 {
+				t.Errorf("second page: %+v", got)
+			}
+			if got := b.value("listTasks", "after"); !isTaskID(got) {
+				t.Errorf("after is %q", got)
+			}
+			var more bool
+			b.script(&more, `return [...document.querySelectorAll('#listTasks button')].some((button) => button.textContent === 'Next page')`)
+			if more {
+				t.Error("the last page has a next one")
+			}
+			b.wantQuiet()
+		})
+	}
+}
+
+func isTaskID(s string) bool {
+	_, ok := parseID(s)
+	return ok
+}
+
+// Text from clients stays text, on the page and in the shell.
+func TestBrowserText(t *testing.T) {
+	t.Parallel()
+	a := newAPI(t, Options{})
+	b := newBrowser(t, a.url+"/docs")
+	title := `<img src=x onerror="document.title='run'"> it's $(id) ` + "`id` \\ !"
+	body, err := json.MarshalIndent(map[string]any{"title": title}, "", "  ")
+	if err != nil {
+		t.Fatal(err)
+	}
+	b.fill("createTask", "Body", string(body))
+	b.fill("createTask", "Path and query", "/api/tasks?user_id=[it's]")
+	if got := send[Task](b, "createTask", "201 Created"); got.Title != title {
+		t.Errorf("title is %q, want %q", got.Title, title)
+	}
+	b.toggle("listTasks")
+	send[[]Task](b, "listTasks", "200 OK")
+	if got, want := b.text(control("listTasks", "Task")+"/option"), "1. "+title; got != want {
+		t.Errorf("offered task is %q, want %q", got, want)
+	}
+	var made string
+	b.script(&made, `return document.title + document.querySelectorAll('img, [onerror]').length`)
+	if made != "Tasks API0" {
+		t.Errorf("a title has become markup: %s", made)
+	}
+
+	command := b.answer("createTask", "201 Created", "The same with curl")
+	args, err := exec.Command("sh", "-c", `curl() { printf '%s\0' "$@"; }; `+command).Output()
+	if err != nil {
+		t.Fatalf("%s: %v", command, err)
+	}
+	got := strings.Split(strings.TrimSuffix(string(args), "\x00"), "\x00")
+	want := []string{
+		"-i", "--globoff", "-X", "POST", a.url + "/api/tasks?user_id=[it%27s]",
+		"-H", "content-type: application/json", "--data-raw", string(body),
+	}
+	if !slices.Equal(got, want) {
+		t.Errorf("curl's arguments are\n%q, want\n%q", got, want)
+	}
+	b.press("createTask", "Copy")
+	b.find(within("createTask", "//button[.='Copied']"))
+	b.fill("createTask", "Body", keyControl+"v")
+	if got := b.value("createTask", "Body"); got != command {
+		t.Errorf("copied %q, want %q", got, command)
+	}
+	b.wantQuiet()
+}
+
+func TestBrowserKeyboard(t *testing.T) {
+	t.Parallel()
+	b := newBrowser(t, newAPI(t, Options{}).url+"/docs")
+	b.find(within("createTask", "//button[.='Send']"))
+	// tabTo goes on to the next element that says text, and wants to see the focus.
+	tabTo := func(text string) {
+		t.Helper()
+		for range 100 {
+			var focus struct{ Text, Outline string }
+			b.keys(keyTab)
+			b.script(&focus, `const { textContent: text } = document.activeElement;
+				return { text, outline: getComputedStyle(document.activeElement).outlineStyle };`)
+			if focus.Outline == "none" {
+				t.Errorf("the focus on %q cannot be seen", focus.Text)
+			}
+			if focus.Text == text {
+				return
+			}
+		}
+		t.Fatalf("%q cannot be reached", text)
+	}
+	tabTo("Send")
+	b.keys(keyEnter)
+	b.answer("createTask", "201 Created", "Body")
+	tabTo("Complete a task, or reopen it")
+	b.keys(keyEnter + keyEnter) // the second presses Send
+	if got := answered[Task](b, "completeTask", "200 OK"); !got.Completed {
+		t.Errorf("completed %+v", got)
+	}
+	tabTo("Delete a task")
+	b.keys(keyEnter + keyEnter)
+	b.answer("deleteTask", "204 No Content", "Body")
+	b.wantQuiet()
+}
+
+// Everything can be read in both themes, fits a phone, and has a name for
+// those who do not see it.
+func TestBrowserLooks(t *testing.T) {
+	t.Parallel()
+	b := newBrowser(t, newAPI(t, Options{}).url+"/docs")
+	b.fill("createTask", "Body", `{"title": "`+strings.Repeat("W", 200)+`"}`)
+	b.fill("createTask", "Path and query", "/api/tasks?user_id="+strings.Repeat("w", 255))
+	send[Task](b, "createTask", "201 Created")
+	b.toggle("listTasks")
+	send[[]Task](b, "listTasks", "200 OK")
+	b.fill("createTask", "Body", "{}")
+	send[any](b, "createTask", "422 Unprocessable Entity")
+	b.script(nil, `for (const details of document.querySelectorAll('details')) details.open = true;`)
+
+	for _, theme := range []string{"light", "dark"} {
+		for _, width := range []int{1280, 360} {
+			t.Run(fmt.Sprint(theme, width), func(t *testing.T) {
+				b.devtools("Emulation.setEmulatedMedia", map[string]any{
+					"features": []any{map[string]any{"name": "prefers-color-scheme", "value": theme}},
+				})
+				b.devtools("Emulation.setDeviceMetricsOverride", map[string]any{
+					"width": width, "height": 740, "deviceScaleFactor": 1, "mobile": width < 500,
+				})
+				var got struct {
+					Width int
+					Dark  bool
+					Texts int
+					Faint []string
+				}
+				b.script(&got, looks)
+				if got.Width > width {
+					t.Errorf("the page is %d wide", got.Width)
+				}
+				if got.Dark != (theme == "dark") {
+					t.Errorf("the background is of the other theme")
+				}
+				if len(got.Faint) > 0 || got.Texts < 1000 {
+					t.Errorf("of %d texts, too faint: %q", got.Texts, got.Faint)
+				}
+			})
+		}
+	}
+
+	var parts []map[string]string
+	b.script(&parts, `return [...document.querySelectorAll('input, select, textarea, button, summary, section, [role]')]
+		.filter((part) => part.checkVisibility() && part.role !== 'status')`)
+	for _, part := range parts {
+		for _, id := range part {
+			var name, markup string
+			b.call("GET", "/element/"+id+"/computedlabel", &name, nil)
+			if name == "" {
+				b.call("GET", "/element/"+id+"/property/outerHTML", &markup, nil)
+				t.Errorf("has no name: %.200s", markup)
+			}
+		}
+	}
+	b.wantQuiet(422)
+}
+
+// looks measures the page: its width, and the contrast (WCAG 2.2, 1.4.3 and
+// 1.4.11) of its texts and of the edges of its controls.
+const looks = `
+const luminance = (color) => {
+	const [r, g, b] = color.match(/[\d.]+/g).slice(0, 3).map((c) => c / 255)
+		.map((c) => c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4);
+	return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+};
+const behind = (element) => {
+	const color = element ? getComputedStyle(element).backgroundColor : 'rgb(255, 255, 255)';
+	return color === 'rgba(0, 0, 0, 0)' ? behind(element.parentElement) : color;
+};
+const contrast = (...colors) => {
+	const [low, high] = colors.map(luminance).sort((x, y) => x - y);
+	return (high + 0.05) / (low + 0.05);
+};
+const result = { width: document.documentElement.scrollWidth, dark: luminance(behind(document.body)) < 0.2, texts: 0, faint: [] };
+for (const element of document.body.querySelectorAll('*')) {
+	const style = getComputedStyle(element);
+	const control = element.matches('input, select, textarea, button');
+	const says = [...element.childNodes].some((node) => node.nodeType === Node.TEXT_NODE && node.data.trim());
+	if (!element.checkVisibility() || !control && !says) continue;
+	result.texts++;
+	const faint = contrast(style.color, behind(element)) < 4.5
+		|| control && contrast(style.borderTopColor, behind(element.parentElement)) < 3 && contrast(behind(element), behind(element.parentElement)) < 3;
+	if (faint) result.faint.push(element.tagName + ': ' + element.textContent.slice(0, 40));
+}
+return result;`
