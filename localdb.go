@@ -206,19 +206,26 @@ func (db *localDB) open(ctx context.Context) error {
 	// so that it can be stopped.
 	claimCtx, cancel := context.WithTimeout(context.WithoutCancel(ctx), localTimeout)
 	defer cancel()
-	for failures := 0; ; time.Sleep(20 * time.Millisecond) {
+	for refusals, failures := 0, 0; ; time.Sleep(20 * time.Millisecond) {
 		holder, err := db.claim(claimCtx)
 		switch {
+		case holder != "" && refusals < 10: // perhaps its process was killed just now
+			refusals++
+			continue
 		case holder != "":
 			return fmt.Errorf("%s is using it: stop that, start in another directory, or set DATABASE_URL", holder)
 		case err == nil && ctx.Err() != nil:
 			return errors.Join(ctx.Err(), db.Stop())
 		case err == nil:
 			return nil
-		case ctx.Err() != nil && db.postmaster().sockets != sockets:
-			return ctx.Err()
 		case claimCtx.Err() != nil:
 			return fmt.Errorf("waiting for the server that runs there: %w", err)
+		case ctx.Err() != nil:
+			// One without a socket as yet may be ours, on its way up or down.
+			if server := db.postmaster(); server.pid == "" || server.sockets != "" && server.sockets != sockets {
+				return ctx.Err()
+			}
+			continue
 		}
 		removeUnused()
 		sockets = localSockets + rand.Text()[:10]

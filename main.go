@@ -264,7 +264,7 @@ func serviceURL(addr string) string {
 func serve(ctx context.Context, cfg config) (err error) {
 	databaseURL, log := cfg.databaseURL, cfg.options.Logger
 	if databaseURL == "" {
-		local, startErr := startLocalDB(ctx, localDir, cfg.pgBin)
+		local, startErr := startLocalDB(ctx, localDir, cfg.pgBin, fmt.Sprintf("max_connections=%d", max(100, cfg.maxConns+10)))
 		if startErr != nil {
 			return unlessStopped(ctx, startErr)
 		}
