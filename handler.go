@@ -182,7 +182,9 @@ func (h *Handler) listTasks(ctx context.Context, w http.ResponseWriter, r *reque
 		return err
 	}
 	if more {
-		next := r.URL.Query()
+		// Without the empty pairs, which net/url counts and gives up at 10,000.
+		pairs := strings.FieldsFunc(r.URL.RawQuery, func(c rune) bool { return c == '&' })
+		next, _ := url.ParseQuery(strings.Join(pairs, "&"))
 		next.Set("after", page[len(page)-1].ID)
 		w.Header().Set("Link", "</api/tasks?"+next.Encode()+`>; rel="next"`)
 	}
@@ -359,11 +361,12 @@ func (h *Handler) readBody(w http.ResponseWriter, r *http.Request) ([]byte, erro
 	}
 	// Where deadlines are not supported, those of the server must do.
 	rc := http.NewResponseController(w)
-	rc.SetReadDeadline(time.Now().Add(h.opts.RequestTimeout))
+	timeout := h.opts.RequestTimeout / 10 * 8 // leaves the database some
+	rc.SetReadDeadline(time.Now().Add(timeout))
 	body, err := io.ReadAll(io.LimitReader(r.Body, maxBody+1))
 	switch {
 	case errors.Is(err, os.ErrDeadlineExceeded):
-		return nil, refuse(http.StatusRequestTimeout, "The body did not arrive within %v.", h.opts.RequestTimeout)
+		return nil, refuse(http.StatusRequestTimeout, "The body did not arrive within %v.", timeout)
 	case err != nil:
 		return nil, MalformedError("The body broke off: " + err.Error() + ".")
 	case len(body) > maxBody:
@@ -433,9 +436,9 @@ func parseQuery(query string, known []string) (Filter, InvalidError) {
 		case slices.Contains(seen, name):
 			detail = "is repeated"
 		default:
+			seen = append(seen, name)
 			detail = f.set(name, value)
 		}
-		seen = append(seen, name)
 		if detail != "" {
 			violations = append(violations, Violation{Parameter: cmp.Or(name, pair), Detail: detail})
 		}

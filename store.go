@@ -276,7 +276,8 @@ func (s *Store) end() {
 // unavailable makes an error that the database or the end of ctx is to blame for
 // an [ErrUnavailable].
 func unavailable(ctx context.Context, err error) error {
-	if err == nil || ctx.Err() == nil && !transient(err) {
+	_, unreachable := errors.AsType[*connectError](err)
+	if err == nil || ctx.Err() == nil && !unreachable && !transient(err) {
 		return err
 	}
 	return fmt.Errorf("%w: %w", ErrUnavailable, err)
