@@ -59,7 +59,7 @@ func openDB(url string, prepare bool) (*sql.DB, error) {
 	if err != nil {
 		return nil, err
 	}
-	c.Dialer(&dialer{})
+	c.Dialer(&dialer{hosts: 1 + len(cfg.Multi)})
 	db := sql.OpenDB(connector{c, prepare})
 	db.SetMaxOpenConns(10)
 	db.SetMaxIdleConns(10)
@@ -201,25 +201,35 @@ const aliveTime = time.Millisecond
 
 // dialer opens the wires of connections, which tell by the context that they
 // want theirs, and of lib/pq's requests to cancel a statement, which do not.
-type dialer struct{ net.Dialer }
+type dialer struct {
+	net.Dialer
+	hosts int // lib/pq tries them in turn
+}
 
 type wireKey struct{}
 
 func (d *dialer) DialContext(ctx context.Context, network, address string) (net.Conn, error) {
+	into, ok := ctx.Value(wireKey{}).(**wire)
+	left := cancelTimeout
+	if ok {
+		left = connectTimeout
+		if deadline, ok := ctx.Deadline(); ok {
+			left = min(left, time.Until(deadline))
+		}
+		left /= time.Duration(d.hosts) // a silent host leaves time for the others
+	}
+	deadline := time.Now().Add(left)
+	ctx, cancel := context.WithDeadline(ctx, deadline)
+	defer cancel()
 	c, err := d.Dialer.DialContext(ctx, network, address)
 	if err != nil {
 		return nil, err
 	}
-	into, ok := ctx.Value(wireKey{}).(**wire)
 	if !ok {
-		return c, c.SetDeadline(time.Now().Add(cancelTimeout))
+		return c, c.SetDeadline(deadline)
 	}
-	w := &wire{Conn: c, deadline: time.Now().Add(connectTimeout)}
-	if deadline, ok := ctx.Deadline(); ok && deadline.Before(w.deadline) {
-		w.deadline = deadline
-	}
-	*into = w
-	return w, nil
+	*into = &wire{Conn: c, deadline: deadline}
+	return *into, nil
 }
 
 // DialTimeout is of no use here, but lib/pq's interface has it.
@@ -310,12 +320,22 @@ type conn struct {
 	pqConn
 	wire     *wire
 	prepared map[string]driver.StmtQueryContext // by statement; nil: none are
+	ended    func() error                       // tells whether the context of a prepared statement has ended
+}
+
+// IsValid is called by database/sql when a connection is free again. If the
+// context of its statement had ended, lib/pq's request to cancel that may be on
+// its way still, and must not meet the next one. lib/pq sees to that itself
+// except with prepared statements.
+func (c *conn) IsValid() bool {
+	return (c.ended == nil || c.ended() == nil) && c.pqConn.IsValid()
 }
 
 // ResetSession is called by database/sql before a pooled connection is used. A
 // connection that died while it was idle is dropped here, before it costs a
 // statement.
 func (c *conn) ResetSession(ctx context.Context) error {
+	c.ended = nil
 	if runtime.GOOS == "windows" { // where a socket cannot be read like a file
 		return c.Ping(ctx)
 	}
@@ -349,6 +369,7 @@ func (c *conn) query(ctx context.Context, query string, args []driver.NamedValue
 		stmt = s.(driver.StmtQueryContext)
 		c.prepared[query] = stmt
 	}
+	c.ended = ctx.Err
 	rows, err := stmt.QueryContext(ctx, args)
 	switch sqlState(err) {
 	case "0A000", "26000": // the table has changed, the statement is gone

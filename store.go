@@ -13,6 +13,7 @@ import (
 	"errors"
 	"fmt"
 	"strconv"
+	"strings"
 	"sync/atomic"
 	"time"
 )
@@ -130,27 +131,45 @@ func digest(n NewTask) []byte {
 }
 
 // List returns a page of tasks, not nil, and reports whether more follow.
+//
+// A page is one range of the index whose columns are what is filtered by, and
+// id. It is put so that no other index gives the order: with = for the filters,
+// PostgreSQL expects tasks that match to be spread evenly, and may walk the
+// primary key past millions that do not.
 func (s *Store) List(ctx context.Context, f Filter) (page []Task, more bool, err error) {
-	query, args := selectTasks+" WHERE true", []any{f.Limit + 1}
-	where := func(condition string, value any) {
+	begin, end, beyond, order := ">=", "<=", ">", ""
+	if f.Descending {
+		begin, end, beyond, order = "<=", ">=", "<", " DESC"
+	}
+	var keys, bounds []string
+	args := []any{f.Limit + 1}
+	arg := func(value any) string {
 		args = append(args, value)
-		query += " AND " + condition + " $" + strconv.Itoa(len(args))
+		return "$" + strconv.Itoa(len(args))
 	}
 	if f.Owner != nil {
-		where("user_id =", *f.Owner)
+		keys, bounds = append(keys, "user_id"), append(bounds, arg(*f.Owner))
 	}
 	if f.Completed != nil {
-		// No parameter, because the plan depends on it.
-		query += " AND completed = " + strconv.FormatBool(*f.Completed)
+		keys, bounds = append(keys, "completed"), append(bounds, strconv.FormatBool(*f.Completed))
 	}
-	order, beyond := " ORDER BY id", "id >"
-	if f.Descending {
-		order, beyond = " ORDER BY id DESC", "id <"
+	query := selectTasks + " WHERE true"
+	where := func(comparison string) {
+		if len(keys) > 0 {
+			query += " AND (" + strings.Join(keys, ", ") + ") " + comparison + " (" + strings.Join(bounds, ", ") + ")"
+		}
 	}
+	where(end)
+	if f.After == "" {
+		where(begin)
+	}
+	keys = append(keys, "id")
 	if f.After != "" {
-		where(beyond, f.After)
+		bounds = append(bounds, arg(f.After))
+		where(beyond)
 	}
-	page, err = s.many(ctx, query+order+" LIMIT $1", args...)
+	query += " ORDER BY " + strings.Join(keys, order+", ") + order + " LIMIT $1"
+	page, err = s.many(ctx, query, args...)
 	if len(page) > f.Limit {
 		return page[:f.Limit], true, err
 	}
