@@ -23,9 +23,9 @@ import (
 	"time"
 )
 
-// patience is how long to wait for what a browser should show. Only a failing
+// pageTimeout is how long to wait for what a browser should show. Only a failing
 // test waits that long.
-const patience = 20 * time.Second
+const pageTimeout = 20 * time.Second
 
 // Keys as WebDriver names them.
 const (
@@ -57,7 +57,7 @@ func newBrowser(t testing.TB, page string) *browser {
 	}
 	var session struct{ SessionID string }
 	b.call("POST", "", &session, map[string]any{"capabilities": map[string]any{"alwaysMatch": map[string]any{
-		"timeouts":           map[string]any{"implicit": patience.Milliseconds(), "script": patience.Milliseconds()},
+		"timeouts":           map[string]any{"implicit": pageTimeout.Milliseconds(), "script": pageTimeout.Milliseconds()},
 		"goog:chromeOptions": map[string]any{"args": flags},
 		"goog:loggingPrefs":  map[string]any{"browser": "ALL", "performance": "ALL"},
 	}}})

@@ -87,8 +87,8 @@ func NewHandler(store *Store, opts Options) *Handler {
 	return h
 }
 
-// Drain makes /readyz answer 503, so that no new requests are sent here, and
-// each answer the last one on its connection. All else goes on as before.
+// Drain makes /readyz answer 503, so that no new requests are sent here. All
+// else goes on as before.
 func (h *Handler) Drain() { h.draining.Store(true) }
 
 // ContextWithUser returns a context that tells the Handler who sent a request:
@@ -375,9 +375,7 @@ func (h *Handler) readBody(w http.ResponseWriter, r *http.Request) ([]byte, erro
 	// A deadline that passes while the request is served would end the
 	// connection's context, and so each later request on it.
 	rc.SetReadDeadline(time.Time{})
-	if !h.draining.Load() {
-		w.Header().Del("Connection") // see ServeHTTP
-	}
+	w.Header().Del("Connection") // see ServeHTTP
 	return body, nil
 }
 
@@ -573,7 +571,7 @@ func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	res := &response{ResponseWriter: w, requestID: requestID(r)}
 	w.Header().Set("X-Request-Id", res.requestID)
 	w.Header().Set("X-Content-Type-Options", "nosniff")
-	if r.ContentLength != 0 || h.draining.Load() {
+	if r.ContentLength != 0 {
 		// A body must have been read before another request can come, and
 		// net/http would wait for its end without a limit of ours.
 		w.Header().Set("Connection", "close")

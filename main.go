@@ -264,6 +264,7 @@ func serviceURL(addr string) string {
 func serve(ctx context.Context, cfg config) (err error) {
 	databaseURL, log := cfg.databaseURL, cfg.options.Logger
 	if databaseURL == "" {
+		unsetLibpq()
 		local, startErr := startLocalDB(ctx, localDir, cfg.pgBin, fmt.Sprintf("max_connections=%d", max(100, cfg.maxConns+10)))
 		if startErr != nil {
 			return unlessStopped(ctx, startErr)
@@ -288,15 +289,7 @@ func serve(ctx context.Context, cfg config) (err error) {
 	}
 	handler := NewHandler(store, cfg.options)
 	tracked := &tracker{handler: handler, inFlight: new(sync.WaitGroup)}
-	server := &http.Server{
-		Handler:                      tracked,
-		DisableGeneralOptionsHandler: true, // the handler answers OPTIONS *
-		ReadHeaderTimeout:            readHeaderTimeout,
-		ReadTimeout:                  readTimeout,
-		WriteTimeout:                 writeTimeout,
-		IdleTimeout:                  idleTimeout,
-		ErrorLog:                     slog.NewLogLogger(log.Handler(), slog.LevelWarn),
-	}
+	server := newHTTPServer(tracked, log)
 	failed := make(chan error, 1)
 	go func() { failed <- server.Serve(listener) }()
 	_, port, _ := net.SplitHostPort(listener.Addr().String()) // ADDR's may be 0
@@ -311,7 +304,30 @@ func serve(ctx context.Context, cfg config) (err error) {
 	}
 	log.Info("stopping")
 	handler.Drain()
-	return stop(server, tracked, cfg.shutdownTimeout)
+	return stop(server, listener, tracked, cfg.shutdownTimeout)
+}
+
+// unsetLibpq unsets the environment variables of libpq: they are about another
+// server than the private one.
+func unsetLibpq() {
+	for _, variable := range os.Environ() {
+		if name, _, _ := strings.Cut(variable, "="); strings.HasPrefix(name, "PG") {
+			os.Unsetenv(name)
+		}
+	}
+}
+
+// newHTTPServer returns a server that nobody can keep busy by being slow.
+func newHTTPServer(handler http.Handler, log *slog.Logger) *http.Server {
+	return &http.Server{
+		Handler:                      handler,
+		DisableGeneralOptionsHandler: true, // the handler answers OPTIONS *
+		ReadHeaderTimeout:            readHeaderTimeout,
+		ReadTimeout:                  readTimeout,
+		WriteTimeout:                 writeTimeout,
+		IdleTimeout:                  idleTimeout,
+		ErrorLog:                     slog.NewLogLogger(log.Handler(), slog.LevelWarn),
+	}
 }
 
 // unlessStopped returns the error of a start, or nil if it was told to stop.
@@ -342,19 +358,20 @@ func migrate(ctx context.Context, store *Store, log *slog.Logger) error {
 
 // stop waits until the requests in flight have been answered, and then ends the
 // server. The listener is open until then, so that probes see that the service
-// is not ready any more. It stays open for drainTime at least, in which clients
-// learn, by answers with Connection: close, to go elsewhere.
-func stop(server *http.Server, t *tracker, timeout time.Duration) error {
+// is not ready any more. Before it is closed, requests wait for drainTime: by
+// then all clients who go on sending wait for an answer, so that none is just
+// about to connect, or to send on a connection that is closed as idle.
+func stop(server *http.Server, listener net.Listener, t *tracker, timeout time.Duration) error {
 	ctx, cancel := context.WithTimeout(context.Background(), timeout)
 	defer cancel()
-	answered := t.next()
 	select {
 	case <-ctx.Done():
-	case <-time.After(drainTime):
-	}
-	select {
-	case <-ctx.Done():
-	case <-answered:
+	case <-t.answered():
+		t.mu.Lock()
+		time.Sleep(drainTime)
+		listener.Close()
+		server.SetKeepAlivesEnabled(false)
+		t.mu.Unlock()
 	}
 	if err := server.Shutdown(ctx); err != nil {
 		server.Close()
@@ -366,7 +383,7 @@ func stop(server *http.Server, t *tracker, timeout time.Duration) error {
 // tracker counts the requests in flight.
 type tracker struct {
 	handler  http.Handler
-	mu       sync.RWMutex // guards the pointer
+	mu       sync.RWMutex // held for writing, it keeps requests waiting
 	inFlight *sync.WaitGroup
 }
 
@@ -379,17 +396,17 @@ func (t *tracker) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	t.handler.ServeHTTP(w, r)
 }
 
-// next returns a channel that is closed when the requests that are in flight
+// answered returns a channel that is closed when the requests that are in flight
 // have been answered. Later ones do not count: under load there is always one.
-func (t *tracker) next() <-chan struct{} {
+func (t *tracker) answered() <-chan struct{} {
 	t.mu.Lock()
 	inFlight := t.inFlight
 	t.inFlight = new(sync.WaitGroup)
 	t.mu.Unlock()
-	answered := make(chan struct{})
+	done := make(chan struct{})
 	go func() {
 		inFlight.Wait()
-		close(answered)
+		close(done)
 	}()
-	return answered
+	return done
 }

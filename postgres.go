@@ -6,17 +6,18 @@ package main
 
 import (
 	"context"
-	"crypto/tls"
 	"database/sql"
 	"database/sql/driver"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"net"
 	"net/netip"
 	"path/filepath"
 	"runtime"
 	"slices"
+	"strconv"
 	"strings"
 	"syscall"
 	"time"
@@ -70,23 +71,29 @@ func openDB(url string, prepare bool) (*sql.DB, error) {
 // parseURL returns what OpenDB's documentation says of url.
 func parseURL(url string) (pq.Config, error) {
 	cfg, err := pq.NewConfig(url)
-	if err != nil {
-		// Of an error about the syntax even a part could be of the password.
-		if strings.HasPrefix(err.Error(), "pq: ") {
-			return cfg, err
+	if err != nil && strings.HasPrefix(err.Error(), "pq: ") {
+		return cfg, err
+	}
+	// Of an error about the syntax even a part could be of the password, as
+	// could the name of a setting, if it is the beginning of an unknown URL.
+	for name := range cfg.Runtime {
+		if strings.Contains(name, ":") {
+			err = errors.ErrUnsupported
 		}
-		return cfg, errors.New("neither a URL nor keywords and values of PostgreSQL (a password in a URL must be percent-encoded, one with spaces among keywords quoted)")
+	}
+	if err != nil {
+		return cfg, errors.New("neither a URL nor keywords and values of PostgreSQL (a URL begins with postgres: and has its password percent-encoded; among keywords a password with spaces must be quoted)")
+	}
+	splitHost(&cfg.Host, &cfg.Port)
+	for i := range cfg.Multi {
+		splitHost(&cfg.Multi[i].Host, &cfg.Multi[i].Port)
 	}
 	cfg.BinaryParameters = true
-	if cfg.SSLMode == "" {
-		cfg.SSLMode = pq.SSLModeRequire
-		if allLocal(cfg) {
-			cfg.SSLMode = pq.SSLModeDisable
-		}
-	}
 	binding, ok := cfg.Runtime["channel_binding"]
 	delete(cfg.Runtime, "channel_binding")
 	switch {
+	case isSocket(cfg.Host) && !allLocal(cfg): // for which lib/pq gives up TLS
+		return cfg, errors.New("a Unix socket must not come before a host that is not of this machine")
 	case !ok || binding == "prefer" || binding == "disable":
 	case binding != "require":
 		return cfg, fmt.Errorf("channel_binding is %q, which is none of disable, prefer and require", binding)
@@ -98,8 +105,28 @@ func parseURL(url string) (pq.Config, error) {
 			cfg.SSLRootCert = "system"
 		}
 	}
+	if cfg.SSLMode == "" {
+		cfg.SSLMode = pq.SSLModeRequire
+		if allLocal(cfg) {
+			cfg.SSLMode = pq.SSLModeDisable
+		}
+	}
 	return cfg, nil
 }
+
+// splitHost takes from a host what lib/pq leaves there of a URL: the port if
+// there are several hosts, and the brackets of an IPv6 address.
+func splitHost(host *string, port *uint16) {
+	if h, p, err := net.SplitHostPort(*host); err == nil {
+		if n, err := strconv.ParseUint(p, 10, 16); err == nil {
+			*host, *port = h, uint16(n)
+		}
+	}
+	*host = strings.Trim(*host, "[]")
+}
+
+// isSocket reports whether a host is a Unix socket.
+func isSocket(host string) bool { return filepath.IsAbs(host) || strings.HasPrefix(host, "@") }
 
 // allLocal reports whether all hosts are Unix sockets or loopback hosts, judged
 // as they are given.
@@ -113,7 +140,7 @@ func allLocal(cfg pq.Config) bool {
 		if addr.IsValid() {
 			return !addr.Unmap().IsLoopback()
 		}
-		return h.Host != "localhost" && !filepath.IsAbs(h.Host) && !strings.HasPrefix(h.Host, "@")
+		return h.Host != "localhost" && !isSocket(h.Host)
 	})
 }
 
@@ -144,9 +171,11 @@ func transient(err error) bool {
 		return state == "55P03" // lock_not_available
 	}
 	if _, ok := errors.AsType[*connectError](err); ok {
-		_, untrusted := errors.AsType[*tls.CertificateVerificationError](err)
-		_, noFile := errors.AsType[*fs.PathError](err)
-		return !untrusted && !noFile && !errors.Is(err, pq.ErrSSLNotSupported)
+		// A broken connection or a standby may pass, but not what lib/pq or
+		// crypto/x509 objects to.
+		_, noFile := errors.AsType[*fs.PathError](err) // wraps what is a net.Error
+		return !noFile && (lost(err) || errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) ||
+			strings.Contains(err.Error(), "standby") || strings.Contains(err.Error(), "read-only"))
 	}
 	return lost(err) || errors.Is(err, errUnknownOutcome)
 }

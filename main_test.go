@@ -1,0 +1,1002 @@
+package main
+
+// main_test.go runs the whole program: within this process, where [run] is
+// enough, and as a process of its own, where exit codes, signals and the working
+// directory matter. Then it takes the code along into another module.
+
+import (
+	"bufio"
+	"bytes"
+	"cmp"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"runtime"
+	"runtime/debug"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"testing"
+	"time"
+)
+
+// eventually returns once done does, which is asked again and again.
+func eventually(t testing.TB, done func() bool) {
+	t.Helper()
+	for start := time.Now(); !done(); time.Sleep(5 * time.Millisecond) {
+		if time.Since(start) > 40*time.Second {
+			t.Fatal("waited in vain")
+		}
+	}
+}
+
+// settings are environment variables by their names.
+type settings map[string]string
+
+func (s settings) get(name string) string { return s[name] }
+
+// service is a run of the program.
+type service struct {
+	t     testing.TB
+	log   *testLog // what it writes to its standard output
+	stop  func()   // asks it to stop
+	ended chan struct{}
+	err   error // of run, once ended
+}
+
+// serving returns a run of the program within this process that serves on a
+// free port. When the test ends it is stopped.
+func serving(t testing.TB, env settings) *service {
+	t.Helper()
+	s := runWith(t, env)
+	s.url()
+	return s
+}
+
+// runWith returns a run of the program within this process.
+func runWith(t testing.TB, env settings, args ...string) *service {
+	ctx, cancel := context.WithCancel(context.Background())
+	s := &service{t: t, log: &testLog{t: t}, stop: cancel, ended: make(chan struct{})}
+	getenv := func(name string) string {
+		if value, ok := env[name]; ok || name != "ADDR" {
+			return value
+		}
+		return "127.0.0.1:0"
+	}
+	go func() {
+		defer close(s.ended)
+		s.err = run(ctx, args, getenv, s.log)
+	}()
+	t.Cleanup(func() { cancel(); <-s.ended })
+	return s
+}
+
+// wait returns what run does.
+func (s *service) wait() error {
+	s.t.Helper()
+	eventually(s.t, func() bool {
+		select {
+		case <-s.ended:
+			return true
+		default:
+			return false
+		}
+	})
+	return s.err
+}
+
+// logged waits for a line of the log that matches a regular expression, and
+// returns what its first group does.
+func (s *service) logged(pattern string) (group string) {
+	s.t.Helper()
+	re := regexp.MustCompile(pattern)
+	eventually(s.t, func() bool {
+		if match := re.FindStringSubmatch(s.log.String()); match != nil {
+			group = match[len(match)-1]
+			return true
+		}
+		select {
+		case <-s.ended:
+			s.t.Fatalf("ended (%v) without having logged %s:\n%s", s.err, pattern, s.log)
+		default:
+		}
+		return false
+	})
+	return group
+}
+
+// url waits until the service serves, and returns its URL.
+func (s *service) url() string {
+	s.t.Helper()
+	return s.logged(`(http://[^/ ]+)/api/tasks`)
+}
+
+// addr waits until the service serves, and returns its address.
+func (s *service) addr() string {
+	s.t.Helper()
+	return strings.TrimPrefix(s.url(), "http://")
+}
+
+// freshly sends each request on a new connection.
+var freshly = &http.Client{Transport: &http.Transport{DisableKeepAlives: true}}
+
+// get returns the status and the body of an answer.
+func (s *service) get(path string) (int, string) {
+	s.t.Helper()
+	resp, err := freshly.Get(s.url() + path)
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	defer resp.Body.Close()
+	body, err := io.ReadAll(resp.Body)
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	return resp.StatusCode, string(body)
+}
+
+// post creates a task.
+func (s *service) post(title string) {
+	s.t.Helper()
+	resp, err := freshly.Post(s.url()+"/api/tasks", "application/json", strings.NewReader(fmt.Sprintf(`{"title": %q}`, title)))
+	if err != nil {
+		s.t.Error(err)
+		return
+	}
+	resp.Body.Close()
+	if resp.StatusCode != http.StatusCreated {
+		s.t.Errorf("POST: %s", resp.Status)
+	}
+}
+
+// heldRequest is a request in flight, for want of the last byte of its body.
+type heldRequest struct {
+	t testing.TB
+	net.Conn
+}
+
+func (s *service) hold() *heldRequest {
+	s.t.Helper()
+	conn, err := net.Dial("tcp", s.addr())
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	s.t.Cleanup(func() { conn.Close() })
+	const body = `{"title": "held"}`
+	fmt.Fprintf(conn, "POST /api/tasks HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%s",
+		len(body), body[:len(body)-1])
+	eventually(s.t, func() bool {
+		_, page := s.get("/metrics")
+		return strings.Contains(page, "\nhttp_requests_in_flight 2\n") // it, and this
+	})
+	return &heldRequest{s.t, conn}
+}
+
+// finish sends the rest, and returns the status of the answer.
+func (h *heldRequest) finish() int {
+	h.t.Helper()
+	io.WriteString(h, "}")
+	resp, err := http.ReadResponse(bufio.NewReader(h), nil)
+	if err != nil {
+		h.t.Fatal(err)
+	}
+	return resp.StatusCode
+}
+
+// program makes the program, once, and returns its path.
+var program = sync.OnceValues(func() (string, error) {
+	testServer.Lock()
+	defer testServer.Unlock()
+	if err := startServer(); err != nil {
+		return "", err
+	}
+	path := filepath.Join(testServer.dir, "tasks.exe") // is removed with that directory
+	out, err := exec.Command("go", "build", "-buildvcs=false", buildFlag(), "-o", path, ".").CombinedOutput()
+	if err != nil {
+		return "", fmt.Errorf("go build: %w\n%s", err, out)
+	}
+	return path, nil
+})
+
+// buildFlag asks for the race detector if this test has it: what has been
+// compiled for the test need then not be compiled again.
+func buildFlag() string {
+	info, _ := debug.ReadBuildInfo()
+	return fmt.Sprintf("-race=%t", slices.Contains(info.Settings, debug.BuildSetting{Key: "-race", Value: "true"}))
+}
+
+// process is a run of the program as a process.
+type process struct {
+	service
+	*exec.Cmd
+	stderr testLog
+}
+
+// start returns a run of the program as a process, with no environment but env,
+// in the directory dir, or in one where it cannot do without DATABASE_URL.
+func start(t testing.TB, dir string, env settings, args ...string) *process {
+	t.Helper()
+	path, err := program()
+	if err != nil {
+		t.Fatal(err)
+	}
+	p := &process{Cmd: exec.Command(path, args...), stderr: testLog{t: t}}
+	p.service = service{t: t, log: &testLog{t: t}, stop: func() { p.signal(syscall.SIGTERM) }, ended: make(chan struct{})}
+	p.Dir, p.Stdout, p.Stderr = dir, p.service.log, &p.stderr
+	for _, name := range []string{"PATH", "HOME", "TMPDIR", "PG_BIN"} {
+		p.Env = append(p.Env, name+"="+os.Getenv(name))
+	}
+	if _, ok := env["ADDR"]; !ok {
+		p.Env = append(p.Env, "ADDR=127.0.0.1:0")
+	}
+	for name, value := range env {
+		p.Env = append(p.Env, name+"="+value)
+	}
+	if err := p.Start(); err != nil {
+		t.Fatal(err)
+	}
+	go func() {
+		defer close(p.ended)
+		p.err = p.Cmd.Wait()
+	}()
+	t.Cleanup(func() { p.Process.Kill(); <-p.ended })
+	return p
+}
+
+// signal sends a signal.
+func (p *process) signal(sig os.Signal) {
+	p.t.Helper()
+	if err := p.Process.Signal(sig); err != nil {
+		p.t.Fatal(err)
+	}
+}
+
+// exit waits until the process has ended, and fails the test unless its code is
+// the given one. It returns the standard error.
+func (p *process) exit(code int) string {
+	p.t.Helper()
+	p.service.wait()
+	if got := p.ProcessState.ExitCode(); got != code {
+		p.t.Errorf("%v, want exit code %d\n%s%s", p.ProcessState, code, p.service.log, &p.stderr)
+	}
+	return p.stderr.String()
+}
+
+// Every variable that is read has its line in the help, with its default, and
+// its row in the README.
+func TestHelp(t *testing.T) {
+	t.Parallel()
+	help := runWith(t, nil, "-h")
+	if err := help.wait(); err != nil || help.log.String() != usage {
+		t.Errorf("error %v, output:\n%s", err, help.log)
+	}
+	defaults := map[string]string{"ADDR": "localhost:8080", "DB_MAX_CONNS": "10", "REQUEST_TIMEOUT": "5s", "MAX_IN_FLIGHT": "1000",
+		"SHUTDOWN_TIMEOUT": "10s", "CORS_ORIGINS": "none", "LOG_LEVEL": "info", "LOG_FORMAT": "text"}
+	readme, noReadme := os.ReadFile("README.md")
+	read := 0
+	configure(func(name string) string {
+		read++
+		line := regexp.MustCompile(`(?m)^  ` + name + ` +\S.*(\n {10,}.*)*`).FindString(usage)
+		if want := defaults[name]; line == "" || want != "" && !strings.HasSuffix(line, "("+want+")") {
+			t.Errorf("in the help %s is %q, want its default %q in parentheses", name, line, want)
+		}
+		if noReadme == nil && !bytes.Contains(readme, []byte("`"+name+"`")) {
+			t.Errorf("the README has no `%s`", name)
+		}
+		return ""
+	}, io.Discard)
+	if read < len(defaults) {
+		t.Errorf("%d variables were read", read)
+	}
+}
+
+func TestDefaults(t *testing.T) {
+	t.Parallel()
+	cfg, err := configure(settings{}.get, io.Discard)
+	if err != nil {
+		t.Fatal(err)
+	}
+	got := fmt.Sprint(cfg.databaseURL, cfg.addr, cfg.maxConns, cfg.options.RequestTimeout, cfg.options.MaxInFlight, cfg.shutdownTimeout, cfg.options.CORSOrigins)
+	if want := fmt.Sprint("", "localhost:8080", 10, 5*time.Second, 1000, 10*time.Second, []string(nil)); got != want {
+		t.Errorf("got %s, want %s", got, want)
+	}
+	log := cfg.options.Logger
+	if log.Enabled(t.Context(), -1) || !log.Enabled(t.Context(), 0) {
+		t.Error("the level of the log is not info")
+	}
+}
+
+func TestInvalidSettings(t *testing.T) {
+	t.Parallel()
+	const number, duration = "0 -1 1.5 x 99999999999999999999", "0 -1s 5 x 99999h"
+	for name, values := range map[string]string{
+		"ADDR":             "localhost 8080 localhost: localhost:http localhost:65536 localhost:-1 ::1:8080",
+		"PORT":             "x -1 65536 +80 :8080 localhost:8080",
+		"DB_MAX_CONNS":     number + " 10001",
+		"DB_PREPARE":       "x 2",
+		"REQUEST_TIMEOUT":  duration + " 51s",
+		"MAX_IN_FLIGHT":    number + " 1000001",
+		"SHUTDOWN_TIMEOUT": duration + " 61m",
+		"CORS_ORIGINS":     "example.com https://example.com/ https://example.com/a https://u@example.com null https://a.example,b.example http:// *.example.com",
+		"LOG_LEVEL":        "x 1 warning",
+		"LOG_FORMAT":       "x JSON",
+	} {
+		for value := range strings.FieldsSeq(values) {
+			_, err := configure(settings{name: value}.get, io.Discard)
+			if err == nil || !strings.HasPrefix(err.Error(), name+" ") || !strings.Contains(err.Error(), strconv.Quote(value)) {
+				t.Errorf("%s=%s: %v", name, value, err)
+			}
+		}
+	}
+}
+
+func TestValidSettings(t *testing.T) {
+	t.Parallel()
+	for _, test := range []struct {
+		name string
+		env  settings
+		addr string
+		url  string
+	}{
+		{"neither", settings{}, "localhost:8080", "http://localhost:8080"},
+		{"ADDR", settings{"ADDR": "127.0.0.1:80"}, "127.0.0.1:80", "http://127.0.0.1:80"},
+		{"ADDR without a host", settings{"ADDR": ":80"}, ":80", "http://localhost:80"},
+		{"ADDR of all interfaces", settings{"ADDR": "0.0.0.0:80"}, "0.0.0.0:80", "http://localhost:80"},
+		{"ADDR of IPv6", settings{"ADDR": "[::1]:80"}, "[::1]:80", "http://[::1]:80"},
+		{"ADDR of all IPv6 interfaces", settings{"ADDR": "[::]:80"}, "[::]:80", "http://localhost:80"},
+		{"ADDR and PORT", settings{"ADDR": "localhost:80", "PORT": "81"}, "localhost:80", "http://localhost:80"},
+		{"PORT", settings{"PORT": "81"}, ":81", "http://localhost:81"},
+		{"PORT and an empty ADDR", settings{"ADDR": "", "PORT": "81"}, ":81", "http://localhost:81"},
+		{"both empty", settings{"ADDR": "", "PORT": ""}, "localhost:8080", "http://localhost:8080"},
+		{"one origin", settings{"CORS_ORIGINS": "https://example.com"}, "localhost:8080", "http://localhost:8080"},
+		{"origins", settings{"CORS_ORIGINS": " https://example.com, http://localhost:3000,"}, "localhost:8080", "http://localhost:8080"},
+	} {
+		cfg, err := configure(test.env.get, io.Discard)
+		if err != nil || cfg.addr != test.addr || serviceURL(cfg.addr) != test.url {
+			t.Errorf("%s: addr %s, url %s, error %v; want %s, %s", test.name, cfg.addr, serviceURL(cfg.addr), err, test.addr, test.url)
+		}
+	}
+}
+
+func TestInvalidDatabaseURL(t *testing.T) {
+	t.Parallel()
+	for _, url := range []string{
+		"s3cret",
+		"postgres://alice:s3cret@host:port/db",
+		"postgres://alice:s3cret@host:99999/db",
+		"postgres://alice:s3cret/x@host/db",
+		"postgres://alice:s3cret#x@host/db",
+		"postgres://alice:s3%cret@host/db",
+		"postgres://alice:s3cret@ho st/db",
+		"postgres://alice:s3cret@host/db?sslmode=no",
+		"postgres://alice:s3cret@host/db?channel_binding=no",
+		"postgresql+psycopg2://alice:s3cret@localhost/db",
+		"postgresql+psycopg2://alice:s3cret@localhost/db?sslmode=require",
+		" postgres://alice:s3cret@localhost/db?sslmode=require",
+		"'postgres://alice:s3cret@localhost/db?sslmode=require'",
+		"psql 'postgres://alice:s3cret@localhost/db?sslmode=require'",
+		"mysql://alice:s3cret@localhost/db?a=b",
+		"host=localhost password=s3cret sslmode=no",
+		"host=localhost password=my s3cret",
+		"host=localhost password='s3cret",
+		"host=localhost port=no password=s3cret",
+		"host=localhost password=s3cret\\",
+	} {
+		s := runWith(t, settings{"DATABASE_URL": url})
+		err := s.wait()
+		if _, ok := err.(usageError); !ok || !strings.HasPrefix(err.Error(), "DATABASE_URL: ") {
+			t.Errorf("%s: %#v", url, err)
+		}
+		if said := fmt.Sprint(err, s.log); strings.Contains(said, "s3cret") || strings.Contains(said, "not ready") {
+			t.Errorf("%s: %s", url, said)
+		}
+	}
+}
+
+func TestExitCodes(t *testing.T) {
+	t.Parallel()
+	running := serving(t, settings{"DATABASE_URL": newDatabase(t)})
+	for _, test := range []struct {
+		name string
+		args []string
+		env  settings
+		want int
+		says string // on the standard error
+	}{
+		{"help", []string{"-h"}, nil, 0, `^$`},
+		{"help comes before settings", []string{"-help"}, settings{"LOG_LEVEL": "x"}, 0, `^$`},
+		{"unknown flag", []string{"-port", "80"}, nil, 2, `^tasks: .*-port`},
+		{"argument", []string{"serve"}, nil, 2, `^tasks: unexpected argument "serve".*-h`},
+		{"invalid setting", nil, settings{"DB_MAX_CONNS": "many"}, 2, `^tasks: DB_MAX_CONNS is "many"; it must be a number`},
+		{"invalid DATABASE_URL", nil, settings{"DATABASE_URL": "x"}, 2, `^tasks: DATABASE_URL: `},
+		{"port in use", nil, settings{"DATABASE_URL": newDatabase(t), "ADDR": running.addr()}, 1, `^tasks: .*address already in use \(ADDR or PORT chooses another address\)`},
+		{"healthy", []string{"-healthcheck"}, settings{"ADDR": running.addr()}, 0, `^$`},
+		{"not healthy", []string{"-healthcheck"}, settings{"ADDR": "127.0.0.1:1"}, 1, `^tasks: .*connection refused`},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			t.Parallel()
+			if got := start(t, t.TempDir(), test.env, test.args...).exit(test.want); !regexp.MustCompile(test.says).MatchString(got) {
+				t.Errorf("said %q, want %s", got, test.says)
+			}
+		})
+	}
+}
+
+// relay forwards what comes on a listener to the PostgreSQL at the socket of
+// dbURL, and returns the URL for it. Each client's bytes are shown to seen.
+func relay(t testing.TB, listener net.Listener, dbURL string, seen io.Writer) {
+	cfg, err := parseURL(dbURL)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { listener.Close() })
+	go func() {
+		for {
+			client, err := listener.Accept()
+			if err != nil {
+				return
+			}
+			server, err := net.Dial("unix", fmt.Sprintf("%s/.s.PGSQL.%d", cfg.Host, cfg.Port))
+			if err != nil {
+				client.Close()
+				continue
+			}
+			go func() { io.Copy(client, server); client.Close() }()
+			go func() { io.Copy(io.MultiWriter(server, seen), client); server.Close() }()
+		}
+	}()
+}
+
+// onTCP returns dbURL with the address of a listener in place of the socket.
+func onTCP(dbURL string, addr net.Addr) string {
+	host, port, _ := net.SplitHostPort(addr.String())
+	dbURL = regexp.MustCompile("host=[^ ]*").ReplaceAllString(dbURL, "host="+host)
+	return regexp.MustCompile("port=[^ ]*").ReplaceAllString(dbURL, "port="+port)
+}
+
+func listen(t testing.TB, addr string) net.Listener {
+	t.Helper()
+	listener, err := net.Listen("tcp", addr)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return listener
+}
+
+func TestStartBeforeDatabase(t *testing.T) {
+	t.Parallel()
+	dbURL := newDatabase(t)
+	listener := listen(t, "127.0.0.1:0")
+	listener.Close()
+	s := runWith(t, settings{"DATABASE_URL": onTCP(dbURL, listener.Addr())})
+	s.logged("level=WARN .*not ready yet.*connection refused")
+	relay(t, listen(t, listener.Addr().String()), dbURL, io.Discard)
+	if status, body := s.get("/readyz"); status != http.StatusOK {
+		t.Errorf("%d %s", status, body)
+	}
+}
+
+func TestStopBeforeDatabase(t *testing.T) {
+	t.Parallel()
+	for _, sig := range []os.Signal{os.Interrupt, syscall.SIGTERM} {
+		t.Run(sig.String(), func(t *testing.T) {
+			t.Parallel()
+			p := start(t, t.TempDir(), settings{"DATABASE_URL": "host=127.0.0.1 port=1 user=alice"})
+			p.logged("not ready yet")
+			p.signal(sig)
+			if said := p.exit(0); said != "" {
+				t.Errorf("said %q", said)
+			}
+		})
+	}
+}
+
+func TestStartTogether(t *testing.T) {
+	t.Parallel()
+	dbURL := newDatabase(t)
+	var instances []*service
+	for range 8 {
+		instances = append(instances, runWith(t, settings{"DATABASE_URL": dbURL}))
+	}
+	for i, s := range instances {
+		s.post(fmt.Sprint("of instance ", i))
+	}
+	for _, s := range instances {
+		_, body := s.get("/api/tasks")
+		if got := strings.Count(body, "of instance "); got != len(instances) {
+			t.Errorf("an instance has %d tasks: %s", got, body)
+		}
+		if log := s.log.String(); strings.Contains(log, "level=WARN") {
+			t.Error(log)
+		}
+	}
+}
+
+// A role that may use the table, and do nothing else, is enough for a schema
+// that stands.
+func TestStartWithoutRights(t *testing.T) {
+	t.Parallel()
+	var role string
+	t.Cleanup(func() { execSQL(t, testServer.URL, "DROP ROLE "+role) }) // after the database
+	dbURL := newDatabase(t)
+	role = "user_of_" + regexp.MustCompile("dbname=([^ ]*)").FindStringSubmatch(dbURL)[1]
+	execSQL(t, dbURL, "CREATE ROLE "+role+" LOGIN")
+	execSQL(t, dbURL, "REVOKE CREATE ON SCHEMA public FROM public")
+	env := settings{"DATABASE_URL": strings.Replace(dbURL, "user=postgres", "user="+role, 1)}
+
+	if err := runWith(t, env).wait(); err == nil || !strings.Contains(err.Error(), "permission denied") {
+		t.Errorf("without a schema: %v", err)
+	}
+	serving(t, settings{"DATABASE_URL": dbURL}).stop()
+	execSQL(t, dbURL, "GRANT SELECT, INSERT, UPDATE, DELETE ON tasks TO "+role)
+	serving(t, env).post("by a role without rights")
+}
+
+func TestLogs(t *testing.T) {
+	t.Parallel()
+	const hint = `Try: curl -i http://127.0.0.1:PORT/api/tasks -H 'Content-Type: application/json' -d '{"title": "Buy milk"}'` + "\n"
+	for _, test := range []struct {
+		name string
+		env  settings
+		want string // without what differs from run to run
+	}{
+		{"text", settings{}, `time=T level=INFO msg=serving url=http://127.0.0.1:PORT/api/tasks docs=http://127.0.0.1:PORT/docs
+` + hint + `time=T level=INFO msg=request method=GET route=/api/tasks/{id} status=404 duration=D bytes=N request_id=mine
+time=T level=INFO msg=stopping
+`},
+		{"json", settings{"LOG_FORMAT": "json"}, `{"time":"T","level":"INFO","msg":"serving","url":"http://127.0.0.1:PORT/api/tasks","docs":"http://127.0.0.1:PORT/docs"}
+{"time":"T","level":"INFO","msg":"request","method":"GET","route":"/api/tasks/{id}","status":404,"duration":D,"bytes":N,"request_id":"mine"}
+{"time":"T","level":"INFO","msg":"stopping"}
+`},
+		{"warnings only", settings{"LOG_LEVEL": "warn"}, hint},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			t.Parallel()
+			test.env["DATABASE_URL"] = newDatabase(t) + " password=s3cret"
+			s := serving(t, test.env)
+			req, err := http.NewRequest("GET", s.url()+"/api/tasks/s3cret?user_id=s3cret", strings.NewReader("s3cret"))
+			if err != nil {
+				t.Fatal(err)
+			}
+			req.Header.Set("X-Request-ID", "mine")
+			resp, err := http.DefaultClient.Do(req)
+			if err != nil {
+				t.Fatal(err)
+			}
+			resp.Body.Close()
+			s.stop()
+			if err := s.wait(); err != nil {
+				t.Error(err)
+			}
+			got := s.log.String()
+			for line := range strings.Lines(got) {
+				if test.env["LOG_FORMAT"] == "json" && !json.Valid([]byte(line)) {
+					t.Errorf("not JSON: %s", line)
+				}
+			}
+			for pattern, placeholder := range map[string]string{
+				`(time\W+)20[-0-9]+T[.:0-9]+Z`: "${1}T",
+				`(127\.0\.0\.1:)\d+`:           "${1}PORT",
+				`(duration\W+)[.0-9a-zµ]+`:     "${1}D",
+				`(bytes\W+)\d+`:                "${1}N",
+			} {
+				got = regexp.MustCompile(pattern).ReplaceAllString(got, placeholder)
+			}
+			if got != test.want {
+				t.Errorf("got\n%swant\n%s", got, test.want)
+			}
+		})
+	}
+}
+
+// The command that the log suggests creates a task when it is pasted into a
+// shell.
+func TestHint(t *testing.T) {
+	t.Parallel()
+	s := serving(t, settings{"DATABASE_URL": newDatabase(t)})
+	hint := s.logged("Try: (.*)\n")
+	// The shell splits the command; the test is the curl.
+	out, err := exec.Command("sh", "-c", `curl() { printf '%s\n' "$@"; }; `+hint).Output()
+	args := strings.Split(strings.TrimSuffix(string(out), "\n"), "\n")
+	if err != nil || len(args) != 6 || args[0] != "-i" || args[2] != "-H" || args[4] != "-d" {
+		t.Fatalf("%s: %q, %v", hint, args, err)
+	}
+	contentType, _ := strings.CutPrefix(args[3], "Content-Type: ")
+	resp, err := http.Post(args[1], contentType, strings.NewReader(args[5]))
+	if err != nil {
+		t.Fatal(err)
+	}
+	resp.Body.Close()
+	if resp.StatusCode != http.StatusCreated {
+		t.Errorf("%s: %s", hint, resp.Status)
+	}
+}
+
+// While requests are in flight a stopping service says that it is not ready, on
+// new connections too, and serves all else.
+func TestStopWaits(t *testing.T) {
+	t.Parallel()
+	s := serving(t, settings{"DATABASE_URL": newDatabase(t)})
+	held := s.hold()
+	s.log.expected.Store(true)
+	s.stop()
+	s.logged("msg=stopping")
+	eventually(t, func() bool {
+		status, _ := s.get("/readyz")
+		return status == http.StatusServiceUnavailable
+	})
+	for begin := time.Now(); time.Since(begin) < 3*drainTime; {
+		if status, _ := s.get("/readyz"); status != http.StatusServiceUnavailable {
+			t.Fatalf("ready again: %d", status)
+		}
+	}
+	s.post("while stopping")
+	if status := held.finish(); status != http.StatusCreated {
+		t.Errorf("the request in flight got %d", status)
+	}
+	if err := s.wait(); err != nil {
+		t.Error(err)
+	}
+	if conn, err := net.Dial("tcp", s.addr()); err == nil {
+		conn.Close()
+		t.Error("there is still a listener")
+	}
+}
+
+func TestStopTakesTooLong(t *testing.T) {
+	t.Parallel()
+	p := start(t, t.TempDir(), settings{"DATABASE_URL": newDatabase(t), "SHUTDOWN_TIMEOUT": "200ms", "REQUEST_TIMEOUT": "50s"})
+	p.hold()
+	p.signal(syscall.SIGTERM)
+	if said := p.exit(1); !strings.Contains(said, "still in flight after 200ms") {
+		t.Errorf("said %q", said)
+	}
+}
+
+func TestStopTwice(t *testing.T) {
+	t.Parallel()
+	p := start(t, t.TempDir(), settings{"DATABASE_URL": newDatabase(t), "SHUTDOWN_TIMEOUT": "1h", "REQUEST_TIMEOUT": "50s"})
+	p.hold()
+	p.signal(syscall.SIGTERM)
+	p.logged("msg=stopping")
+	p.signal(syscall.SIGTERM)
+	p.exit(-1) // by the signal
+}
+
+// No request that reaches the service fails because it is told to stop. (Nor
+// does one before, and there are many at any moment.)
+func TestStopUnderLoad(t *testing.T) {
+	t.Parallel()
+	p := start(t, t.TempDir(), settings{"DATABASE_URL": newDatabase(t), "LOG_LEVEL": "warn"})
+	addr := p.addr()
+	var clients sync.WaitGroup
+	var answers atomic.Int64
+	for range 16 {
+		clients.Go(func() {
+			if err := keepAsking(addr, &answers); !errors.Is(err, errNoListener) {
+				t.Error(err)
+			}
+		})
+	}
+	eventually(t, func() bool { return answers.Load() > 500 })
+	before := answers.Load()
+	p.signal(syscall.SIGTERM)
+	clients.Wait()
+	p.exit(0)
+	t.Logf("%d answers, %d of them after the signal", answers.Load(), answers.Load()-before)
+}
+
+var errNoListener = errors.New("no listener")
+
+// keepAsking creates and fetches tasks, counting the answers, until it finds no
+// listener, which is an error as any. It keeps its connection as long as the
+// service does, and, other than [http.Client], sends no request twice.
+func keepAsking(addr string, answers *atomic.Int64) error {
+	for {
+		conn, err := net.Dial("tcp", addr)
+		if errors.Is(err, syscall.ECONNREFUSED) {
+			return errNoListener
+		}
+		if err != nil {
+			return err
+		}
+		defer conn.Close()
+		reader := bufio.NewReader(conn)
+		for n, last := 1, false; !last; n++ {
+			req, _ := http.NewRequest("POST", "http://"+addr+"/api/tasks", strings.NewReader(`{"title": "a"}`))
+			want := http.StatusCreated
+			if n%2 == 0 {
+				req, _ = http.NewRequest("GET", "http://"+addr+"/api/tasks?limit=1", nil)
+				want = http.StatusOK
+			}
+			req.Header.Set("Content-Type", "application/json")
+			if err := req.Write(conn); err != nil {
+				return fmt.Errorf("request %d on a connection: %w", n, err)
+			}
+			resp, err := http.ReadResponse(reader, req)
+			if err != nil {
+				return fmt.Errorf("request %d on a connection: %w", n, err)
+			}
+			if _, err := io.Copy(io.Discard, resp.Body); err != nil || resp.StatusCode != want {
+				return fmt.Errorf("request %d on a connection: %s, %w", n, resp.Status, err)
+			}
+			answers.Add(1)
+			last = resp.Close
+		}
+		conn.Close()
+	}
+}
+
+// localServer returns the process id of the private PostgreSQL in dir, 0 if
+// there is none.
+func localServer(dir string) (pid int) {
+	text, _ := os.ReadFile(filepath.Join(dir, localDir, "data", "postmaster.pid"))
+	line, _, _ := strings.Cut(string(text), "\n")
+	pid, _ = strconv.Atoi(line)
+	return pid
+}
+
+// From nothing to a server of its own, whose data outlast stops and crashes.
+func TestPrivatePostgreSQL(t *testing.T) {
+	t.Parallel()
+	dir, err := os.MkdirTemp("", "tasks-test-")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if localServer(dir) != 0 { // left by a failure
+			if db, err := startLocalDB(context.Background(), filepath.Join(dir, localDir), os.Getenv("PG_BIN")); err == nil {
+				db.Stop()
+			}
+		}
+		os.RemoveAll(dir)
+	})
+	if err := os.Chmod(dir, 0o755); err != nil { // for the account that PostgreSQL runs as
+		t.Fatal(err)
+	}
+	tasks := func(p *process) string {
+		_, body := p.get("/api/tasks")
+		return strings.Join(regexp.MustCompile("made [a-z ]*").FindAllString(body, -1), ", ")
+	}
+
+	// What libpq would take from the environment is about another server.
+	p := start(t, dir, settings{"PGHOSTADDR": "192.0.2.1", "PGCHANNELBINDING": "require", "PGOPTIONS": "-c foo=bar"})
+	p.post("made first")
+	pid := localServer(dir)
+	if runtime.GOOS == "linux" {
+		if got := listening(t, pid); got != nil {
+			t.Errorf("PostgreSQL listens on %s", got)
+		}
+		if got := listening(t, p.Process.Pid); !slices.Equal(got, []string{p.addr()}) {
+			t.Errorf("the service listens on %s, want %s only", got, p.addr())
+		}
+	}
+	if said := start(t, dir, nil).exit(1); !strings.Contains(said, fmt.Sprintf("process %d", p.Process.Pid)) {
+		t.Errorf("a second instance said %q", said)
+	}
+
+	p.Process.Kill()
+	p.exit(-1)
+	p = start(t, dir, nil)
+	if got, want := tasks(p), "made first"; got != want {
+		t.Errorf("after a crash the tasks are %q, want %q", got, want)
+	}
+	if got := localServer(dir); got != pid {
+		t.Errorf("after a crash the server is %d, want %d, which was running", got, pid)
+	}
+	p.post("made after a crash")
+	p.signal(os.Interrupt)
+	p.exit(0)
+	if got := localServer(dir); got != 0 {
+		t.Errorf("after a stop the server %d is running", got)
+	}
+
+	p = start(t, dir, nil)
+	if got, want := tasks(p), "made first, made after a crash"; got != want {
+		t.Errorf("after a restart the tasks are %q, want %q", got, want)
+	}
+	p.signal(syscall.SIGTERM)
+	p.exit(0)
+}
+
+// listening returns the TCP addresses on which a process listens, on Linux.
+func listening(t testing.TB, pid int) (addrs []string) {
+	t.Helper()
+	proc := fmt.Sprintf("/proc/%d", pid)
+	fds, err := os.ReadDir(proc + "/fd")
+	if err != nil {
+		t.Fatal(err)
+	}
+	inodes := map[string]bool{}
+	for _, fd := range fds {
+		link, _ := os.Readlink(proc + "/fd/" + fd.Name())
+		inodes[strings.Trim(link, "socket:[]")] = true
+	}
+	for _, table := range []string{"/net/tcp", "/net/tcp6"} {
+		text, _ := os.ReadFile(proc + table)
+		for line := range strings.Lines(string(text)) {
+			const local, state, inode, listen = 1, 3, 9, "0A"
+			fields := strings.Fields(line)
+			if fields[state] != listen || !inodes[fields[inode]] {
+				continue
+			}
+			var ip [4]byte
+			var port int
+			if _, err := fmt.Sscanf(fields[local], "%2x%2x%2x%2x:%4x", &ip[3], &ip[2], &ip[1], &ip[0], &port); err != nil {
+				t.Fatal(err)
+			}
+			addrs = append(addrs, fmt.Sprintf("%s:%d", net.IP(ip[:]), port))
+		}
+	}
+	return addrs
+}
+
+// vendoredMain is the program that the code is taken into. Its users are those
+// of a header, as if somebody had verified it.
+const vendoredMain = `package main
+
+import (
+	"context"
+	"fmt"
+	"log"
+	"net"
+	"net/http"
+	"os"
+
+	"example.com/app/tasks"
+)
+
+func main() {
+	db, err := tasks.OpenDB(os.Getenv("DATABASE_URL"))
+	if err != nil {
+		log.Fatal(err)
+	}
+	store := tasks.NewStore(db)
+	if err := store.Migrate(context.Background()); err != nil {
+		log.Fatal(err)
+	}
+	handler := tasks.NewHandler(store, tasks.Options{})
+	mux := http.NewServeMux()
+	mux.HandleFunc("POST /drain", func(http.ResponseWriter, *http.Request) { handler.Drain() })
+	mux.HandleFunc("/", func(w http.ResponseWriter, r *http.Request) {
+		if users, ok := r.Header["User"]; ok {
+			r = r.WithContext(tasks.ContextWithUser(r.Context(), users[0]))
+		}
+		handler.ServeHTTP(w, r)
+	})
+	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		log.Fatal(err)
+	}
+	fmt.Printf("http://%s/api/tasks\\n", listener.Addr())
+	log.Fatal((&http.Server{Handler: mux}).Serve(listener))
+}
+`
+
+// vendored returns a run of vendoredMain, with the code taken into a package of
+// its module.
+func vendored(t *testing.T) *service {
+	dir := t.TempDir()
+	write := func(name string, content []byte) {
+		t.Helper()
+		path := filepath.Join(dir, name)
+		if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.WriteFile(path, content, 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	read := func(name string) []byte {
+		t.Helper()
+		content, err := os.ReadFile(name)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return content
+	}
+	for _, name := range []string{"task.go", "store.go", "handler.go", "metrics.go", "postgres.go", "schema.sql", "openapi.json", "docs.html"} {
+		content := read(name)
+		if strings.HasSuffix(name, ".go") {
+			content = bytes.Replace(content, []byte("package main\n"), []byte("package tasks\n"), 1)
+		}
+		write(filepath.Join("tasks", name), content)
+	}
+	write("main.go", []byte(vendoredMain))
+	write("go.mod", bytes.Replace(read("go.mod"), []byte("module tasks\n"), []byte("module example.com/app\n"), 1))
+	write("go.sum", read("go.sum"))
+	command := func(args ...string) []byte {
+		t.Helper()
+		cmd := exec.Command("go", args...)
+		cmd.Dir = dir
+		cmd.Env = append(os.Environ(), "GOPROXY=off", "GOWORK=off", "GOFLAGS=")
+		out, err := cmd.CombinedOutput()
+		if err != nil {
+			t.Fatalf("go %s: %v\n%s", args[0], err, out)
+		}
+		return out
+	}
+	for dep := range strings.FieldsSeq(string(command("list", "-deps", "-f", "{{if not .Standard}}{{.ImportPath}}{{end}}", "."))) {
+		if !strings.HasPrefix(dep, "example.com/app") && !strings.HasPrefix(dep, "github.com/lib/pq") {
+			t.Errorf("it needs %s", dep)
+		}
+	}
+	command("vet", buildFlag(), "./...")
+	command("build", buildFlag(), "-o", "app.exe", ".")
+
+	s := &service{t: t, log: &testLog{t: t}, ended: make(chan struct{})}
+	app := exec.Command(filepath.Join(dir, "app.exe"))
+	app.Env = append(os.Environ(), "DATABASE_URL="+newDatabase(t))
+	app.Stdout, app.Stderr = s.log, s.log
+	if err := app.Start(); err != nil {
+		t.Fatal(err)
+	}
+	go func() {
+		defer close(s.ended)
+		s.err = app.Wait()
+	}()
+	t.Cleanup(func() { app.Process.Kill(); <-s.ended })
+	return s
+}
+
+// The files that are the part to take make a package of another module, which
+// serves behind whatever says who the user is.
+func TestVendored(t *testing.T) {
+	t.Parallel()
+	s := vendored(t)
+	bobs := ""
+	for _, step := range []struct {
+		name, method, path, body string
+		user                     []string // none: the middleware says nothing
+		status                   int
+		want                     string // in the body
+	}{
+		{"create, alice", "POST", "/api/tasks", `{"title": "hers"}`, []string{"alice"}, 201, `"user_id":"alice"`},
+		{"create, bob", "POST", "/api/tasks", `{"title": "his"}`, []string{"bob"}, 201, `"user_id":"bob"`},
+		{"create for another", "POST", "/api/tasks", `{"title": "a", "user_id": "bob"}`, []string{"alice"}, 403, ``},
+		{"list", "GET", "/api/tasks", ``, []string{"alice"}, 200, `"hers"`},
+		{"list another's", "GET", "/api/tasks?user_id=bob", ``, []string{"alice"}, 403, ``},
+		{"get one's own", "GET", "BOBS", ``, []string{"bob"}, 200, `"his"`},
+		{"get another's", "GET", "BOBS", ``, []string{"alice"}, 404, ``},
+		{"get in nobody's name", "GET", "BOBS", ``, []string{""}, 403, ``},
+		{"delete another's", "DELETE", "BOBS", ``, []string{"alice"}, 404, ``},
+		{"get without a user", "GET", "BOBS", ``, nil, 200, `"his"`},
+		{"documentation", "GET", "/openapi.json", ``, nil, 200, `"openapi"`},
+		{"metrics", "GET", "/metrics", ``, nil, 200, `http_requests_total{`},
+		{"ready", "GET", "/readyz", ``, nil, 200, ``},
+		{"drain", "POST", "/drain", ``, nil, 200, ``},
+		{"not ready", "GET", "/readyz", ``, nil, 503, ``},
+		{"still up", "GET", "/healthz", ``, nil, 200, ``},
+	} {
+		req, err := http.NewRequest(step.method, s.url()+strings.Replace(step.path, "BOBS", bobs, 1), strings.NewReader(step.body))
+		if err != nil {
+			t.Fatal(err)
+		}
+		req.Header["User"] = step.user
+		req.Header.Set("Content-Type", "application/json")
+		resp, err := http.DefaultClient.Do(req)
+		if err != nil {
+			t.Fatal(err)
+		}
+		body, _ := io.ReadAll(resp.Body)
+		resp.Body.Close()
+		if resp.StatusCode != step.status || !strings.Contains(string(body), step.want) {
+			t.Errorf("%s: %d %s, want %d, %q", step.name, resp.StatusCode, body, step.status, step.want)
+		}
+		if step.name == "list" && strings.Contains(string(body), "his") {
+			t.Errorf("alice sees bob's task: %s", body)
+		}
+		bobs = cmp.Or(resp.Header.Get("Location"), bobs)
+	}
+}

@@ -1,0 +1,280 @@
+package main
+
+// store_test.go tests what HTTP cannot show: the schema, who may apply it and
+// how often, its constraints against the rules of task.go, and which index
+// serves which page.
+
+import (
+	"database/sql"
+	"fmt"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+)
+
+// newRole returns the URL of a database for a role of its own, which may do
+// nothing there that not everybody may.
+func newRole(t *testing.T, dbURL string) (roleURL, role string) {
+	t.Helper()
+	db := open(t, dbURL)
+	defer db.Close()
+	if err := db.QueryRow("SELECT 'role_of_' || current_database()").Scan(&role); err != nil {
+		t.Fatal(err)
+	}
+	execSQL(t, dbURL, "REVOKE CREATE ON SCHEMA public FROM PUBLIC") // as it is from PostgreSQL 15 on
+	execSQL(t, dbURL, "CREATE ROLE "+role+" LOGIN")
+	return strings.Replace(dbURL, "user=postgres", "user="+role, 1), role
+}
+
+func TestMigrateAgain(t *testing.T) {
+	t.Parallel()
+	a := newAPI(t, Options{})
+	task := a.create(`{"title":"a"}`)
+	const objects = "SELECT string_agg(relname || relfilenode, ' ' ORDER BY relname) FROM pg_class WHERE relname LIKE 'tasks%'"
+	var before, after string
+	if err := a.db.QueryRow(objects).Scan(&before); err != nil {
+		t.Fatal(err)
+	}
+	if err := a.store.Migrate(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if err := a.db.QueryRow(objects).Scan(&after); err != nil || after != before {
+		t.Errorf("%v: before %s\nafter %s", err, before, after)
+	}
+	if got := a.task(a.do("GET", "/api/tasks/"+task.ID, "")); got != task {
+		t.Errorf("got %+v, want %+v", got, task)
+	}
+}
+
+func TestMigrateTogether(t *testing.T) {
+	t.Parallel()
+	dbURL := newDatabase(t)
+	together(8, func(int) {
+		db := open(t, dbURL)
+		defer db.Close()
+		if err := NewStore(db).Migrate(t.Context()); err != nil {
+			t.Error(err)
+		}
+	})
+	newAPIOn(t, dbURL, Options{}).create(`{"title":"a"}`)
+}
+
+// A role that may not create tables, or does not own the one that stands, has
+// what it needs. Where none stands it is told what it lacks.
+func TestMigrateWithoutPrivileges(t *testing.T) {
+	t.Parallel()
+	for _, tt := range []struct {
+		name   string
+		stands bool
+		grants string // to the role
+		want   string // in the error
+	}{
+		{"tables may be used", true, "GRANT SELECT, INSERT, UPDATE, DELETE ON tasks TO %s", ""},
+		{"others may be made too", true, "GRANT SELECT, INSERT, UPDATE, DELETE ON tasks TO %[1]s; GRANT CREATE ON SCHEMA public TO %[1]s", ""},
+		{"table may not be read", true, "", "permission denied"},
+		{"no table", false, "", "permission denied for schema public"},
+		{"no table, but may make one", false, "GRANT CREATE ON SCHEMA public TO %s", ""},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			t.Parallel()
+			dbURL := newDatabase(t)
+			roleURL, role := newRole(t, dbURL)
+			if tt.stands {
+				newAPIOn(t, dbURL, Options{})
+			}
+			if tt.grants != "" {
+				execSQL(t, dbURL, fmt.Sprintf(tt.grants, role))
+			}
+			if tt.want == "" {
+				a := newAPIOn(t, roleURL, Options{}) // which migrates
+				for _, op := range operations(a.create(`{"title":"a"}`, "Idempotency-Key", "k").ID) {
+					a.want(op.want, a.do(op.method, op.path, op.body))
+				}
+				return
+			}
+			db := open(t, roleURL)
+			defer db.Close()
+			err := NewStore(db).Migrate(t.Context())
+			if err == nil || transient(err) || !strings.HasPrefix(err.Error(), "apply the schema: ") || !strings.Contains(err.Error(), tt.want) {
+				t.Errorf("got %v, want %s", err, tt.want)
+			}
+		})
+	}
+}
+
+// The rules of task.go and the constraints agree on every code point.
+func TestBlankTitles(t *testing.T) {
+	t.Parallel()
+	a := newAPI(t, Options{})
+	var checks string
+	if err := a.db.QueryRow(`SELECT string_agg(pg_get_expr(conbin, conrelid), ' AND ') FROM pg_constraint
+		WHERE conrelid = 'tasks'::regclass AND contype = 'c' AND pg_get_expr(conbin, conrelid) LIKE '%title%'`).Scan(&checks); err != nil {
+		t.Fatal(err)
+	}
+	var got string
+	if err := a.db.QueryRow(`SELECT string_agg(to_hex(n), ' ' ORDER BY n)
+		FROM (SELECT n, chr(n) AS title FROM generate_series(1, x'10FFFF'::int) n WHERE n NOT BETWEEN x'D800'::int AND x'DFFF'::int) c
+		WHERE NOT (` + checks + `)`).Scan(&got); err != nil {
+		t.Fatal(err)
+	}
+	var want []string
+	for r := rune(1); r <= 0x10FFFF; r++ {
+		if (r < 0xD800 || r > 0xDFFF) && titleViolations(string(r)) != nil {
+			want = append(want, fmt.Sprintf("%x", r))
+		}
+	}
+	if got != strings.Join(want, " ") || len(want) != 25 {
+		t.Errorf("PostgreSQL refuses %s\nthe service %s", got, want)
+	}
+}
+
+func TestConstraints(t *testing.T) {
+	t.Parallel()
+	a := newAPI(t, Options{})
+	rules := map[string]func(string) []string{"title": titleViolations, "description": descriptionViolations, "user_id": userIDViolations}
+	for column, limit := range map[string]int{"title": 200, "description": 10_000, "user_id": 255} {
+		for _, text := range []string{
+			"", " ", "\t\u00a0\u2003", " a ", "a\u3000", "\u200b",
+			strings.Repeat(" ", limit), strings.Repeat("\u3000", limit+1),
+			strings.Repeat("🙂", limit), strings.Repeat("🙂", limit+1),
+			strings.Repeat("a", limit-1) + "\u0301", strings.Repeat("a", limit) + "\u0301",
+		} {
+			insert := fmt.Sprintf("INSERT INTO tasks (id, title, %s) VALUES (gen_random_uuid(), 'a', $1)", column)
+			if column == "title" {
+				insert = "INSERT INTO tasks (id, title) VALUES (gen_random_uuid(), $1)"
+			}
+			_, err := a.db.Exec(insert, text)
+			if want := rules[column](text); (sqlState(err) == "23514") != (want != nil) || err != nil && want == nil {
+				t.Errorf("%s %.20q of %d bytes: PostgreSQL: %v, the service: %s", column, text, len(text), err, want)
+			}
+		}
+	}
+	for _, values := range []string{
+		"title = NULL", "completed = NULL", "version = NULL", "version = 0", "version = -1", "created_at = NULL", "updated_at = NULL",
+		"updated_at = created_at - interval '1 microsecond'", "idempotency_key = 'k'", "idempotency_digest = ''",
+	} {
+		_, err := a.db.Exec("UPDATE tasks SET " + values)
+		if state := sqlState(err); state != "23514" && state != "23502" {
+			t.Errorf("%s: %v", values, err)
+		}
+	}
+}
+
+// No two tasks of a Store have the same time of creation, however fast they come.
+func TestTimesOfCreation(t *testing.T) {
+	t.Parallel()
+	var s Store
+	var seen sync.Map
+	together(4, func(int) {
+		var last time.Time
+		for range 5000 {
+			now := s.now()
+			if _, again := seen.LoadOrStore(now, true); again || !now.After(last) || now.Nanosecond()%1000 != 0 {
+				t.Fatalf("%v came after %v, or twice: %t", now, last, again)
+			}
+			last = now
+		}
+	})
+}
+
+// Each page reads what it returns and no more, however deep it is and however
+// rare the tasks are that match.
+func TestIndexes(t *testing.T) {
+	t.Parallel()
+	dbURL := newDatabase(t)
+	setup := open(t, dbURL)
+	if err := NewStore(setup).Migrate(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	setup.Close()
+	// Of 20 owners with 1,000 tasks each, 40 are completed.
+	execSQL(t, dbURL, `INSERT INTO tasks (id, title, user_id, completed) SELECT `+idOf("n")+`, 'a', 'user-' || n % 20, n / 20 % 25 = 0 FROM generate_series(1, 20000) n`)
+	execSQL(t, dbURL, "ANALYZE tasks")
+	observer := open(t, dbURL)
+	defer observer.Close()
+	observer.SetMaxOpenConns(1)
+	const limit = 10
+	for _, tt := range []struct {
+		name   string
+		filter Filter
+		want   string // the index
+	}{
+		{"all", Filter{}, "tasks_pkey"},
+		{"owner", Filter{Owner: new("user-7")}, "tasks_user_id_id"},
+		{"completed", Filter{Completed: new(true)}, "tasks_completed_id"},
+		{"not completed", Filter{Completed: new(false)}, ""},
+		{"owner and completed", Filter{Owner: new("user-7"), Completed: new(true)}, "tasks_user_id_completed_id"},
+		{"owner and not completed", Filter{Owner: new("user-7"), Completed: new(false)}, ""},
+		{"nobody", Filter{Owner: new("nobody")}, ""},
+	} {
+		for _, descending := range []bool{false, true} {
+			for _, after := range []string{"", idOfNumber(10_000)} {
+				tt.filter.Limit, tt.filter.Descending, tt.filter.After = limit, descending, after
+				before := indexUsage(t, observer, 0)
+				db := open(t, dbURL)
+				page, more, err := NewStore(db).List(t.Context(), tt.filter)
+				if err != nil {
+					t.Fatal(err)
+				}
+				db.Close()
+				read, used := 0, []string{}
+				for index, now := range indexUsage(t, observer, before.scans()+1) {
+					if now != before[index] {
+						used = append(used, index)
+						read += now.entries - before[index].entries
+					}
+				}
+				if len(used) != 1 || !slices.Contains([]string{"", used[0]}, tt.want) || used[0] == "" || read > len(page)+1 || more != (tt.name != "nobody") {
+					t.Errorf("%s, descending %t, after %q: %d tasks, for which %d entries of %q were read, want those of %s",
+						tt.name, descending, after, len(page), read, used, tt.want)
+				}
+			}
+		}
+	}
+}
+
+// idOf is SQL for an id that sorts by a number.
+func idOf(n string) string {
+	return "('00000000-0000-7000-8000-' || lpad(" + n + "::text, 12, '0'))::uuid"
+}
+
+func idOfNumber(n int) string { return fmt.Sprintf("00000000-0000-7000-8000-%012d", n) }
+
+// indexes is how often each index was used and what was read, by the index's name.
+// The table itself is "".
+type indexes map[string]struct{ scans, entries int }
+
+func (u indexes) scans() (n int) {
+	for _, index := range u {
+		n += index.scans
+	}
+	return n
+}
+
+// indexUsage returns the usage when all other sessions have ended, which is when
+// they report it, and there were at least so many scans.
+func indexUsage(t *testing.T, db *sql.DB, scans int) indexes {
+	t.Helper()
+	const all = `SELECT '', seq_scan, seq_tup_read FROM pg_stat_user_tables WHERE relname = 'tasks' UNION ALL
+		SELECT indexrelname, idx_scan, idx_tup_read FROM pg_stat_user_indexes WHERE relname = 'tasks'`
+	awaitQuery(t, db, "the statistics", fmt.Sprintf(`SELECT NOT EXISTS (SELECT FROM pg_stat_activity
+		WHERE datname = current_database() AND backend_type = 'client backend' AND pid <> pg_backend_pid())
+		AND %d <= (SELECT sum(seq_scan) FROM (%s) u)`, scans, all))
+	rows, err := db.Query(all)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer rows.Close()
+	u := indexes{}
+	for rows.Next() {
+		var name string
+		var index struct{ scans, entries int }
+		if err := rows.Scan(&name, &index.scans, &index.entries); err != nil {
+			t.Fatal(err)
+		}
+		u[name] = index
+	}
+	return u
+}

@@ -1,0 +1,428 @@
+package main
+
+// task_test.go tests what needs neither HTTP nor a database: what the errors of
+// a body say, ids, and with fuzz targets that the decoder and the query parser
+// do what a plain reading of the contract does.
+
+import (
+	"bytes"
+	"encoding/json"
+	"fmt"
+	"maps"
+	"net/url"
+	"reflect"
+	"regexp"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+	"unicode"
+	"unicode/utf8"
+)
+
+func TestDecodeErrors(t *testing.T) {
+	t.Parallel()
+	newTask := func(body []byte) (any, error) { return DecodeNewTask(body) }
+	replacement := func(body []byte) (any, error) { return DecodeReplacement(body) }
+	patch := func(body []byte) (any, error) { return DecodePatch(body) }
+	completion := func(body []byte) (any, error) { return DecodeCompletion(body) }
+	for _, tt := range []struct {
+		name   string
+		decode func([]byte) (any, error)
+		body   string
+		want   string
+	}{
+		{"nothing", newTask, "", "The body is not valid JSON: unexpected end of JSON input."},
+		{"not UTF-8", newTask, "\"\xff\"", "The body is not valid UTF-8."},
+		{"twice", patch, `{"a\"":1,"\u0061\"":2}`, `The body has the member "a\"" twice.`},
+		{"surrogate", patch, `{"title":"\udead"}`, `The body has a \u escape that is half of a surrogate pair.`},
+		{"no object", patch, ` []`, "#: must be an object"},
+		{"missing", replacement, `{}`, "#/title: is required"},
+		{"null", patch, `{"title":null}`, "#/title: must not be null"},
+		{"no string", patch, `{"description":[]}`, "#/description: must be a string"},
+		{"no boolean", completion, `{"completed":"true"}`, "#/completed: must be true or false"},
+		{"unknown", completion, `{"completed":true,"title":"a"}`, "#/title: is not a member known here"},
+		{"blank", patch, `{"title":"\u2003"}`, "#/title: must not be blank"},
+		{"empty", newTask, `{"title":"a","user_id":""}`, "#/user_id: must not be empty"},
+		{"long", patch, `{"title":"` + strings.Repeat("é", 201) + `"}`, "#/title: must have at most 200 characters"},
+		{"U+0000", patch, `{"description":"\u0000"}`, "#/description: must not contain U+0000"},
+		{"all", newTask, `{"title":"","description":0,"completed":null,"user_id":false,"b":0,"B":0}`,
+			"#/user_id: must be a string; #/title: must not be blank; #/description: must be a string; #/completed: must not be null; " +
+				"#/B: is not a member known here; #/b: is not a member known here"},
+	} {
+		if _, err := tt.decode([]byte(tt.body)); err == nil || err.Error() != tt.want {
+			t.Errorf("%s:\n got %v\nwant %s", tt.name, err, tt.want)
+		}
+	}
+}
+
+func TestPointer(t *testing.T) {
+	t.Parallel()
+	for name, want := range map[string]string{
+		"": "#/", "title": "#/title", "a/b": "#/a~1b", "m~n": "#/m~0n", "~1": "#/~01", "50%": "#/50%25", "%2F": "#/%252F",
+		" ": "#/%20", `"\`: "#/%22%5C", "#": "#/%23", "é": "#/%C3%A9", "\x00": "#/%00",
+	} {
+		if got := pointer(name); got != want {
+			t.Errorf("%q: got %s, want %s", name, got, want)
+		}
+	}
+}
+
+// Ids carry their time, to the microsecond, and sort by it.
+func TestNewID(t *testing.T) {
+	t.Parallel()
+	form := regexp.MustCompile("^[0-9a-f]{8}-[0-9a-f]{4}-7[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}$")
+	begin := time.Date(2026, 3, 4, 5, 6, 7, 0, time.UTC)
+	last := ""
+	for i := range 10_000 { // of which 10 begin a millisecond
+		at := begin.Add(time.Duration(i) * time.Microsecond)
+		id := newID(at)
+		if !form.MatchString(id) {
+			t.Fatalf("%s is no UUID version 7", id)
+		}
+		if id[:18] <= last[:min(18, len(last))] {
+			t.Fatalf("%s of %v is not behind %s", id, at, last)
+		}
+		if want := fmt.Sprintf("%012x", at.UnixMilli()); strings.ReplaceAll(id[:13], "-", "") != want {
+			t.Fatalf("%s of %v does not begin with %s", id, at, want)
+		}
+		last = id
+	}
+	if newID(begin) == newID(begin) {
+		t.Error("two ids of the same time are the same")
+	}
+	for at, want := range map[time.Time]string{
+		time.UnixMicro(0): "00000000-0000-7000", time.UnixMicro(999): "00000000-0000-7ffb", time.UnixMicro(1000): "00000000-0001-7000",
+		time.Date(10889, 8, 2, 5, 31, 50, 655e6, time.UTC): "ffffffff-ffff-7000", // the last millisecond there is
+	} {
+		if got := newID(at); got[:18] != want {
+			t.Errorf("%v: got %s, want %s-…", at, got, want)
+		}
+	}
+}
+
+func TestParseID(t *testing.T) {
+	t.Parallel()
+	const id = "019c2292-294b-774b-8e0f-5b3a1f6c9d42"
+	for s, want := range map[string]string{
+		id:                                        id,
+		strings.ToUpper(id):                       id,
+		"00000000-0000-0000-0000-000000000000":    "00000000-0000-0000-0000-000000000000",
+		"FFFFFFFF-ffff-FFFF-ffff-FFFFFFFFFFFF":    "ffffffff-ffff-ffff-ffff-ffffffffffff",
+		"":                                        "",
+		"{" + id + "}":                            "",
+		"urn:uuid:" + id:                          "",
+		id[:35]:                                   "",
+		id + "0":                                  "",
+		strings.ReplaceAll(id, "-", ""):           "",
+		strings.ReplaceAll(id, "-", "0"):          "",
+		"019c2292294b--774b-8e0f-5b3a1f6c9d42":    "",
+		"019c2292-294b-774b-8e0f-5b3a1f6c9d4g":    "",
+		"019c2292-294b-774b-8e0f-5b3a1f6c9d4 ":    "",
+		"+19c2292-294b-774b-8e0f-5b3a1f6c9d42":    "",
+		"0x9c2292-294b-774b-8e0f-5b3a1f6c9d42":    "",
+		"0１c2292-294b-774b-8e0f-5b3a1f6c9d42":     "",
+		"019c2292-294b-774b-8e0f-5b3a1f6c9\xff42": "",
+	} {
+		if got, ok := parseID(s); got != want || ok != (want != "") {
+			t.Errorf("%q: got %q, %t, want %q", s, got, ok, want)
+		}
+	}
+}
+
+// reading is an operation's body as the contract describes it: for each member
+// that is not ignored, whether a value, nil for null, is allowed.
+type reading struct {
+	decode   func(body []byte) (map[string]any, error) // the decoder under test; a member that is absent and one that is null look alike but to PATCH
+	required string
+	members  map[string]func(value any) bool
+	ignored  []string
+}
+
+func readings() map[string]reading {
+	text := func(low, high int, null bool) func(any) bool {
+		return func(value any) bool {
+			s, ok := value.(string)
+			if !ok {
+				return value == nil && null
+			}
+			n := utf8.RuneCountInString(s)
+			return low <= n && n <= high && !strings.Contains(s, "\x00")
+		}
+	}
+	title := func(value any) bool {
+		s, _ := value.(string)
+		return text(1, 200, false)(value) && strings.ContainsFunc(s, func(r rune) bool { return !unicode.Is(unicode.White_Space, r) })
+	}
+	boolean := func(value any) bool { _, ok := value.(bool); return ok }
+	readOnly := []string{"id", "version", "created_at", "updated_at"}
+	orNil := func(s *string) any {
+		if s == nil {
+			return nil
+		}
+		return *s
+	}
+	return map[string]reading{
+		"POST": {
+			func(body []byte) (map[string]any, error) {
+				n, err := DecodeNewTask(body)
+				return map[string]any{"title": n.Title, "description": orNil(n.Description), "completed": n.Completed, "user_id": orNil(n.UserID)}, err
+			},
+			"title", map[string]func(any) bool{"title": title, "description": text(0, 10_000, true), "completed": boolean, "user_id": text(1, 255, true)}, readOnly,
+		},
+		"PUT": {
+			func(body []byte) (map[string]any, error) {
+				r, err := DecodeReplacement(body)
+				return map[string]any{"title": r.Title, "description": orNil(r.Description), "completed": r.Completed}, err
+			},
+			"title", map[string]func(any) bool{"title": title, "description": text(0, 10_000, true), "completed": boolean}, append(readOnly, "user_id"),
+		},
+		"PATCH": {
+			func(body []byte) (map[string]any, error) {
+				p, err := DecodePatch(body)
+				got := map[string]any{}
+				if p.Title != nil {
+					got["title"] = *p.Title
+				}
+				if p.Description.Set {
+					got["description"] = orNil(p.Description.Value)
+				}
+				if p.Completed != nil {
+					got["completed"] = *p.Completed
+				}
+				return got, err
+			},
+			"", map[string]func(any) bool{"title": title, "description": text(0, 10_000, true), "completed": boolean}, append(readOnly, "user_id"),
+		},
+		"complete": {
+			func(body []byte) (map[string]any, error) {
+				completed, err := DecodeCompletion(body)
+				return map[string]any{"completed": completed}, err
+			},
+			"completed", map[string]func(any) bool{"completed": boolean}, append(readOnly, "user_id"),
+		},
+	}
+}
+
+// wellFormed reports whether a body is one well-formed JSON text. What
+// encoding/json lets pass it finds by other means than the decoder.
+func wellFormed(body []byte) bool {
+	if !utf8.Valid(body) || !json.Valid(body) {
+		return false
+	}
+	// With the pairs taken away, what is left of surrogates is halves.
+	escapes := regexp.MustCompile(`\\\\|\\u[dD][89abAB]..\\u[dD][c-fC-F]..`).ReplaceAll(body, nil)
+	if regexp.MustCompile(`\\u[dD][89a-fA-F]`).Match(escapes) {
+		return false
+	}
+	type scope struct {
+		names map[string]bool // nil: an array
+		value bool            // the next token is no name
+	}
+	tokens := json.NewDecoder(bytes.NewReader(body))
+	tokens.UseNumber()
+	scopes := []scope{{}}
+	for {
+		token, err := tokens.Token()
+		if err != nil {
+			return true // the end
+		}
+		top := &scopes[len(scopes)-1]
+		name, isName := token.(string)
+		isName = isName && top.names != nil && !top.value
+		if isName && top.names[name] {
+			return false
+		}
+		if isName {
+			top.names[name] = true
+		}
+		top.value = isName
+		switch token {
+		case json.Delim('{'):
+			scopes = append(scopes, scope{names: map[string]bool{}})
+		case json.Delim('['):
+			scopes = append(scopes, scope{})
+		case json.Delim('}'), json.Delim(']'):
+			scopes = scopes[:len(scopes)-1]
+		}
+	}
+}
+
+// expect returns what comes of a body: the values of the members, or where the
+// violations are.
+func (r reading) expect(body []byte) (values map[string]any, violations []string) {
+	var value any
+	json.Unmarshal(body, &value) // well-formed
+	object, ok := value.(map[string]any)
+	if !ok {
+		return nil, []string{"#"}
+	}
+	if _, ok := object[r.required]; !ok && r.required != "" {
+		violations = append(violations, r.required)
+	}
+	values = map[string]any{}
+	for name, value := range object {
+		allowed, known := r.members[name]
+		switch {
+		case known && allowed(value):
+			values[name] = value
+		case known || !slices.Contains(r.ignored, name):
+			violations = append(violations, name)
+		}
+	}
+	return values, violations
+}
+
+func FuzzDecode(f *testing.F) {
+	for _, body := range []string{
+		`{"title":"a","description":null,"completed":true,"user_id":"alice"}`,
+		` { "title" : "\ud83d\ude42\\\"\/\b" , "id" : [ { "x" : 1 } , { "x" : -1e5 } ] } `,
+		`{"title":"\u0000 \u2003","completed":false,"Title":1,"a/b~%":{}}`,
+		`{"title":"a","\u0074itle":"a"}`,
+		`{"title":"a","id":{"x":1,"y":[{"x":[]}],"x":{}}}`,
+		`{"title":"\ud83d","description":"\ude42"}`,
+		`{"title":"\\ud83d","description":"\\\ud83d"}`,
+		`{"title":"\ud83d\u0041","description":"\ud83d\ud83d\ude42"}`,
+		`{"title":"\uFFFD","description":"\ufffd` + "\ufffd" + `"}`,
+		`{"":{"":{"":{}}}}`, `[[{},{}],"a:","{",":"]`, `{"completed":true}`, `{"completed":null,"title":null}`, `{}`, `[]`, `null`, `""`, `0`, ``, ` `,
+		"{\"title\":\"\xed\xa0\x80\"}", "\ufeff{}", `{"title":"a"}{}`, `{"a":"b:","c":"d"}`, `{"a":"b" ,"c" :"d"}`,
+	} {
+		f.Add([]byte(body))
+	}
+	all := readings()
+	f.Fuzz(func(t *testing.T, body []byte) {
+		for _, operation := range slices.Sorted(maps.Keys(all)) {
+			r := all[operation]
+			got, err := r.decode(body)
+			if _, malformed := err.(MalformedError); malformed || !wellFormed(body) {
+				if malformed == wellFormed(body) {
+					t.Fatalf("%s: %v", operation, err)
+				}
+				continue
+			}
+			want, places := r.expect(body)
+			var found []string
+			if err != nil {
+				for _, v := range err.(InvalidError) {
+					found = append(found, member(t, v.Pointer))
+				}
+			}
+			slices.Sort(places)
+			slices.Sort(found)
+			if found = slices.Compact(found); !slices.Equal(found, places) {
+				t.Fatalf("%s: violations at %q, want %q", operation, found, places)
+			}
+			for name, value := range got {
+				if wanted := want[name]; err == nil && !reflect.DeepEqual(value, wanted) && !(wanted == nil && value == false) {
+					t.Fatalf("%s: %s is %#v, want %#v", operation, name, value, wanted)
+				}
+			}
+			if err == nil && operation == "PATCH" && len(got) != len(want) {
+				t.Fatalf("%s: got %v, want %v", operation, got, want)
+			}
+		}
+	})
+}
+
+// member returns the name of the member that a pointer is for, or # for all.
+func member(t *testing.T, pointer string) string {
+	t.Helper()
+	u, err := url.Parse(pointer)
+	if err != nil || pointer[0] != '#' {
+		t.Fatalf("the pointer %q: %v", pointer, err)
+	}
+	if u.Fragment == "" {
+		return "#"
+	}
+	return strings.NewReplacer("~0", "~", "~1", "/").Replace(u.Fragment[1:])
+}
+
+func FuzzParseQuery(f *testing.F) {
+	for _, query := range []string{
+		"", "&", "user_id=alice&completed=true&sort=-created_at&limit=20&after=019C2292-294b-774b-8e0f-5b3a1f6c9d42",
+		"user_id=a%26b+c&limit=007", "user_id=%zz", "user_id=%00", "user_id=%ff", "user_id=\xff", "user_id=a;b", "user_id=a&user%5Fid=a",
+		"colour=red", "Limit=1", "limit", "limit=", "=", "=limit", "limit=+1", "limit=1001", "limit=65537", "completed=TRUE", "sort=title", "after=1", "%zz", ";",
+		"user_id=" + strings.Repeat("é", 256),
+	} {
+		f.Add(query)
+	}
+	known := []string{"user_id", "completed", "sort", "limit", "after"}
+	f.Fuzz(func(t *testing.T, query string) {
+		filter, violations := parseQuery(query, known)
+		values, err := url.ParseQuery(query)
+		valid := err == nil
+		for name, all := range values {
+			valid = valid && len(all) == 1
+			if value := all[0]; valid {
+				switch name {
+				case "user_id":
+					n := utf8.RuneCountInString(value)
+					valid = 1 <= n && n <= 255 && utf8.ValidString(value) && !strings.Contains(value, "\x00")
+				case "completed":
+					valid = value == "true" || value == "false"
+				case "sort":
+					valid = value == "created_at" || value == "-created_at"
+				case "limit":
+					valid = regexp.MustCompile("^0*([1-9][0-9]{0,2}|1000)$").MatchString(value)
+				case "after":
+					valid = regexp.MustCompile("(?i)^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$").MatchString(value)
+				default:
+					valid = false
+				}
+			}
+		}
+		if valid != (violations == nil) {
+			t.Fatalf("violations %v, but valid is %t", violations, valid)
+		}
+		for _, v := range violations {
+			if v.Parameter == "" || v.Detail == "" || v.Pointer != "" || v.Header != "" {
+				t.Errorf("violation %+v", v)
+			}
+		}
+		if !valid {
+			return
+		}
+		want := Filter{Limit: 100, Descending: values.Get("sort") == "-created_at", After: strings.ToLower(values.Get("after"))}
+		if values.Has("user_id") {
+			want.Owner = new(values.Get("user_id"))
+		}
+		if values.Has("completed") {
+			want.Completed = new(values.Get("completed") == "true")
+		}
+		if values.Has("limit") {
+			fmt.Sscanf(values.Get("limit"), "%d", &want.Limit)
+		}
+		if !reflect.DeepEqual(filter, want) {
+			t.Errorf("got %+v, want %+v", filter, want)
+		}
+	})
+}
+
+// A task as JSON is what encoding/json makes of it, by value.
+func FuzzTaskJSON(f *testing.F) {
+	f.Add("a", "\x01\b\t\n\f\r\x1f\"\\/<>&\u007f\u2028\u2029\ufffd🙂", "", int64(1), int64(0))
+	f.Add("\\", "\"", "é", int64(1)<<62, int64(1767225600000000))
+	f.Fuzz(func(t *testing.T, title, description, owner string, version, micros int64) {
+		task := Task{ID: "019c2292-294b-774b-8e0f-5b3a1f6c9d42", Title: title, Version: version, Completed: version%2 == 0,
+			CreatedAt: time.UnixMicro(micros % 250e15).UTC(), UpdatedAt: time.UnixMicro(micros%250e15 + 1).UTC()}
+		if description != "" {
+			task.Description = &description
+		}
+		if owner != "" {
+			task.UserID = &owner
+		}
+		want, err := json.Marshal(task)
+		if err != nil || !utf8.ValidString(title+"."+description+"."+owner) {
+			return // which nobody can store
+		}
+		got := task.appendJSON(nil)
+		var gotValue, wantValue any
+		if err := json.Unmarshal(got, &gotValue); err != nil {
+			t.Fatalf("%v: %s", err, got)
+		}
+		json.Unmarshal(want, &wantValue)
+		if !reflect.DeepEqual(gotValue, wantValue) {
+			t.Errorf("got  %s\nwant %s", got, want)
+		}
+	})
+}
