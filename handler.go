@@ -375,7 +375,7 @@ func (h *Handler) readBody(w http.ResponseWriter, r *http.Request) ([]byte, erro
 	// A deadline that passes while the request is served would end the
 	// connection's context, and so each later request on it.
 	rc.SetReadDeadline(time.Time{})
-	w.Header().Del("Connection") // see ServeHTTP
+	w.(*response).unread = false
 	return body, nil
 }
 
@@ -571,11 +571,7 @@ func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	res := &response{ResponseWriter: w, requestID: requestID(r)}
 	w.Header().Set("X-Request-Id", res.requestID)
 	w.Header().Set("X-Content-Type-Options", "nosniff")
-	if r.ContentLength != 0 {
-		// A body must have been read before another request can come, and
-		// net/http would wait for its end without a limit of ours.
-		w.Header().Set("Connection", "close")
-	}
+	res.unread = r.ContentLength != 0
 	defer func() {
 		elapsed := time.Since(start)
 		h.metrics.observe(res.route, r.Method, res.status, elapsed)
@@ -682,6 +678,7 @@ func (h *Handler) log(r *http.Request, w *response, elapsed time.Duration) {
 type response struct {
 	http.ResponseWriter
 	requestID string
+	unread    bool   // the request has a body that has not been read to its end
 	named     bool   // the origin of the request may send any
 	route     string // the path of its pattern; "": none yet
 	status    int    // 0: nothing has been written
@@ -691,6 +688,10 @@ type response struct {
 
 func (w *response) WriteHeader(status int) {
 	if w.route != "" {
+		if w.unread {
+			// net/http would wait for the rest without a limit of ours.
+			w.Header().Set("Connection", "close")
+		}
 		w.status = status
 		w.ResponseWriter.WriteHeader(status)
 	}

@@ -290,21 +290,21 @@ func serve(ctx context.Context, cfg config) (err error) {
 	handler := NewHandler(store, cfg.options)
 	tracked := &tracker{handler: handler, inFlight: new(sync.WaitGroup)}
 	server := newHTTPServer(tracked, log)
-	failed := make(chan error, 1)
-	go func() { failed <- server.Serve(listener) }()
+	served := make(chan error, 1)
+	go func() { served <- server.Serve(listener) }()
 	_, port, _ := net.SplitHostPort(listener.Addr().String()) // ADDR's may be 0
 	host, _, _ := net.SplitHostPort(cfg.addr)
 	where := serviceURL(net.JoinHostPort(host, port))
 	log.Info("serving", "url", where+"/api/tasks", "docs", where+"/docs")
 	fmt.Fprintf(cfg.hints, "Try: curl -i %s/api/tasks -H 'Content-Type: application/json' -d '{\"title\": \"Buy milk\"}'\n", where)
 	select {
-	case err := <-failed:
+	case err := <-served:
 		return err
 	case <-ctx.Done():
 	}
 	log.Info("stopping")
 	handler.Drain()
-	return stop(server, listener, tracked, cfg.shutdownTimeout)
+	return stop(server, listener, served, tracked, cfg.shutdownTimeout)
 }
 
 // unsetLibpq unsets the environment variables of libpq: they are about another
@@ -358,10 +358,12 @@ func migrate(ctx context.Context, store *Store, log *slog.Logger) error {
 
 // stop waits until the requests in flight have been answered, and then ends the
 // server. The listener is open until then, so that probes see that the service
-// is not ready any more. Before it is closed, requests wait for drainTime: by
-// then all clients who go on sending wait for an answer, so that none is just
-// about to connect, or to send on a connection that is closed as idle.
-func stop(server *http.Server, listener net.Listener, t *tracker, timeout time.Duration) error {
+// is not ready any more. Two pauses see to it that no request is lost on its
+// way. In the first one new requests wait: all who go on sending are then waiting
+// for an answer, and nobody is just about to connect when the listener is closed.
+// In the second one they get that answer, which is the last on its connection:
+// those that are closed after it are idle.
+func stop(server *http.Server, listener net.Listener, served <-chan error, t *tracker, timeout time.Duration) error {
 	ctx, cancel := context.WithTimeout(context.Background(), timeout)
 	defer cancel()
 	select {
@@ -370,8 +372,10 @@ func stop(server *http.Server, listener net.Listener, t *tracker, timeout time.D
 		t.mu.Lock()
 		time.Sleep(drainTime)
 		listener.Close()
-		server.SetKeepAlivesEnabled(false)
+		<-served
+		t.leaving = true
 		t.mu.Unlock()
+		time.Sleep(drainTime)
 	}
 	if err := server.Shutdown(ctx); err != nil {
 		server.Close()
@@ -383,7 +387,8 @@ func stop(server *http.Server, listener net.Listener, t *tracker, timeout time.D
 // tracker counts the requests in flight.
 type tracker struct {
 	handler  http.Handler
-	mu       sync.RWMutex // held for writing, it keeps requests waiting
+	mu       sync.RWMutex // held for writing, it keeps new requests waiting
+	leaving  bool         // each answer is the last on its connection
 	inFlight *sync.WaitGroup
 }
 
@@ -391,6 +396,9 @@ func (t *tracker) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	t.mu.RLock()
 	inFlight := t.inFlight
 	inFlight.Add(1)
+	if t.leaving {
+		w.Header().Set("Connection", "close")
+	}
 	t.mu.RUnlock()
 	defer inFlight.Done()
 	t.handler.ServeHTTP(w, r)
