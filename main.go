@@ -50,8 +50,14 @@ const (
 )
 
 func main() {
-	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
-	context.AfterFunc(ctx, stop) // a second signal has its usual effect
+	ctx, cancel := context.WithCancel(context.Background())
+	signals := make(chan os.Signal, 1)
+	signal.Notify(signals, os.Interrupt, syscall.SIGTERM)
+	go func() {
+		<-signals
+		signal.Stop(signals) // so that a second one ends it at once
+		cancel()
+	}()
 	err := run(ctx, os.Args[1:], os.Getenv, os.Stdout)
 	if err == nil {
 		return
