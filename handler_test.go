@@ -2136,7 +2136,8 @@ func TestOrderOfChecks(t *testing.T) {
 // served all the same.
 func TestMaxInFlight(t *testing.T) {
 	t.Parallel()
-	a := newAPI(t, Options{MaxInFlight: 2, RequestTimeout: time.Minute})
+	// Not through a pooler, whose two connections the waiting statements would take.
+	a := newAPIOn(t, newDatabase(t), Options{MaxInFlight: 2, RequestTimeout: time.Minute})
 	a.log.expected.Store(true)
 	id := a.create(`{"title":"a"}`).ID
 	tx, err := a.db.Begin()

@@ -13,6 +13,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"log/slog"
 	"net"
 	"net/http"
 	"os"
@@ -735,6 +736,27 @@ func keepAsking(addr string, answers *atomic.Int64) error {
 			last = resp.Close
 		}
 		conn.Close()
+	}
+}
+
+// A connection on which nobody makes progress ends. These times are too long to
+// wait for here.
+func TestServerTimeouts(t *testing.T) {
+	t.Parallel()
+	server := newHTTPServer(http.NotFoundHandler(), slog.New(slog.DiscardHandler))
+	for name, timeout := range map[string]time.Duration{
+		"header":         server.ReadHeaderTimeout,
+		"request":        server.ReadTimeout,
+		"answer":         server.WriteTimeout,
+		"longest body":   maxRequestTimeout,
+		"next request/2": server.IdleTimeout / 2,
+	} {
+		if timeout <= 0 || timeout > time.Minute {
+			t.Errorf("%s: %v, want at most a minute", name, timeout)
+		}
+	}
+	if server.WriteTimeout <= maxRequestTimeout {
+		t.Errorf("the answer has %v, which is not longer than REQUEST_TIMEOUT may be", server.WriteTimeout)
 	}
 }
 

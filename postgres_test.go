@@ -33,6 +33,7 @@ import (
 	"time"
 
 	"github.com/lib/pq"
+	"github.com/lib/pq/pqerror"
 )
 
 // clearEnvironment takes away what libpq would read, for the time of a test that
@@ -183,7 +184,7 @@ func TestParseURLErrors(t *testing.T) {
 func TestTransient(t *testing.T) {
 	t.Parallel()
 	state := func(code, message string) error {
-		return fmt.Errorf("while testing: %w", &pq.Error{Code: pq.ErrorCode(code), Message: message})
+		return fmt.Errorf("while testing: %w", &pq.Error{Code: pqerror.Code(code), Message: message})
 	}
 	connect := func(err error) error { return fmt.Errorf("while testing: %w", &connectError{err}) }
 	refused := &net.OpError{Op: "dial", Net: "tcp", Err: os.NewSyscallError("connect", errors.New("connection refused"))}

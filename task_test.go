@@ -88,7 +88,7 @@ func TestNewID(t *testing.T) {
 		}
 		last = id
 	}
-	if newID(begin) == newID(begin) {
+	if a, b := newID(begin), newID(begin); a == b {
 		t.Error("two ids of the same time are the same")
 	}
 	for at, want := range map[time.Time]string{
