@@ -20,7 +20,7 @@ install = if command -v brew >/dev/null; then brew install $(2); \
 # run serves on localhost:8080, on a private PostgreSQL unless DATABASE_URL is set.
 run:
 	@[ -n "$$DATABASE_URL" ] || { $(call need,initdb,postgresql,postgresql); }
-	@go run .
+	@go build -o tasks . && exec ./tasks
 
 # test runs all tests, and those of the API once more through PgBouncer.
 test:

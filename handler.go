@@ -665,7 +665,10 @@ func (h *Handler) log(r *http.Request, w *response, elapsed time.Duration) {
 	}
 	if w.status >= 500 {
 		attrs = append(attrs, slog.String("error", w.err.Error()))
-		if r.Context().Err() == nil { // otherwise the client is gone, which is no fault
+		// That the service is busy or stopping, or the client gone, is no fault.
+		if _, refused := errors.AsType[*problem](w.err); refused || r.Context().Err() != nil {
+			level = slog.LevelWarn
+		} else {
 			level = slog.LevelError
 		}
 	}

@@ -42,10 +42,10 @@ const (
 	drainTime         = 100 * time.Millisecond
 	healthTimeout     = 2 * time.Second
 	readHeaderTimeout = 10 * time.Second
-	readTimeout       = time.Minute // of a whole request
-	writeTimeout      = time.Minute // from the request's headers to the end of the answer
+	readTimeout       = time.Minute      // of a whole request
+	writeTimeout      = 50 * time.Second // from the request's headers to the end of the answer
 	idleTimeout       = 2 * time.Minute
-	maxRequestTimeout = 50 * time.Second // leaves time to read the answer
+	maxRequestTimeout = 45 * time.Second // leaves time to read the answer
 	localDir          = ".postgres"
 )
 
@@ -113,7 +113,7 @@ Environment variables, an empty one counting as unset:
   DB_MAX_CONNS      connections to PostgreSQL (10)
   DB_PREPARE        prepare statements: faster, but not behind a pooler in transaction
                     mode; true or false (false, but true for the private PostgreSQL)
-  REQUEST_TIMEOUT   deadline of one request, at most 50s (5s)
+  REQUEST_TIMEOUT   deadline of one request, at most 45s (5s)
   MAX_IN_FLIGHT     requests on tasks served at once; one more is 503 (1000)
   SHUTDOWN_TIMEOUT  how long a stop waits for the requests in flight (10s)
   CORS_ORIGINS      origins, separated by commas, whose pages may use the API, or * (none)
@@ -271,6 +271,7 @@ func serve(ctx context.Context, cfg config) (err error) {
 	databaseURL, log := cfg.databaseURL, cfg.options.Logger
 	if databaseURL == "" {
 		unsetLibpq()
+		log.Info("starting a private PostgreSQL", "directory", localDir)
 		local, startErr := startLocalDB(ctx, localDir, cfg.pgBin, fmt.Sprintf("max_connections=%d", max(100, cfg.maxConns+10)))
 		if startErr != nil {
 			return unlessStopped(ctx, startErr)
@@ -289,7 +290,7 @@ func serve(ctx context.Context, cfg config) (err error) {
 	if err := migrate(ctx, store, log); err != nil {
 		return unlessStopped(ctx, err)
 	}
-	listener, err := new(net.ListenConfig).Listen(ctx, "tcp", cfg.addr)
+	listener, err := net.Listen("tcp", cfg.addr)
 	if err != nil {
 		return fmt.Errorf("%w (ADDR or PORT chooses another address)", err)
 	}

@@ -657,7 +657,7 @@ func TestStopWaits(t *testing.T) {
 
 func TestStopTakesTooLong(t *testing.T) {
 	t.Parallel()
-	p := start(t, t.TempDir(), settings{"DATABASE_URL": newDatabase(t), "SHUTDOWN_TIMEOUT": "200ms", "REQUEST_TIMEOUT": "50s"})
+	p := start(t, t.TempDir(), settings{"DATABASE_URL": newDatabase(t), "SHUTDOWN_TIMEOUT": "200ms", "REQUEST_TIMEOUT": "45s"})
 	p.hold()
 	p.signal(syscall.SIGTERM)
 	if said := p.exit(1); !strings.Contains(said, "still in flight after 200ms") {
@@ -667,7 +667,7 @@ func TestStopTakesTooLong(t *testing.T) {
 
 func TestStopTwice(t *testing.T) {
 	t.Parallel()
-	p := start(t, t.TempDir(), settings{"DATABASE_URL": newDatabase(t), "SHUTDOWN_TIMEOUT": "1h", "REQUEST_TIMEOUT": "50s"})
+	p := start(t, t.TempDir(), settings{"DATABASE_URL": newDatabase(t), "SHUTDOWN_TIMEOUT": "1h", "REQUEST_TIMEOUT": "45s"})
 	p.hold()
 	p.signal(syscall.SIGTERM)
 	p.logged("msg=stopping")
