@@ -776,12 +776,13 @@ func writeTask(w http.ResponseWriter, status int, t Task, err error) error {
 	}
 	w.Header().Set("Etag", etag(t))
 	w.Header().Set("Cache-Control", "no-cache")
-	return write(w, status, mediaTypeJSON, append(t.appendJSON(nil), '\n'))
+	return write(w, status, mediaTypeJSON, append(t.appendJSON(make([]byte, 0, 512)), '\n'))
 }
 
 // writeTasks writes a page of tasks.
 func writeTasks(w http.ResponseWriter, page []Task) error {
-	b := []byte{'['}
+	b := make([]byte, 0, 2+512*len(page))
+	b = append(b, '[')
 	for i, t := range page {
 		if i > 0 {
 			b = append(b, ',')

@@ -253,7 +253,7 @@ func (s *Store) many(ctx context.Context, query string, args ...any) ([]Task, er
 		return nil, unavailable(ctx, err)
 	}
 	defer rows.Close()
-	tasks := []Task{}
+	tasks := make([]Task, 0, 16)
 	for rows.Next() {
 		t, err := scan(rows)
 		if err != nil {
