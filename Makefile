@@ -53,4 +53,4 @@ bench:
 
 # image builds the container image.
 image:
-	buildah build -t tasks .
+	buildah build --format docker -t tasks .

@@ -36,8 +36,9 @@ import (
 	"time"
 )
 
-// Times that nobody has to set.
+// Limits that nobody has to set.
 const (
+	maxHeader         = 64 << 10    // bytes; a 422 is up to 30 times as long as the query it is about
 	startTimeout      = time.Minute // for a database that may yet come
 	retryInterval     = time.Second
 	drainTime         = 100 * time.Millisecond
@@ -333,6 +334,7 @@ func newHTTPServer(handler http.Handler, log *slog.Logger) *http.Server {
 	return &http.Server{
 		Handler:                      handler,
 		DisableGeneralOptionsHandler: true, // the handler answers OPTIONS *
+		MaxHeaderBytes:               maxHeader,
 		ReadHeaderTimeout:            readHeaderTimeout,
 		ReadTimeout:                  readTimeout,
 		WriteTimeout:                 writeTimeout,
