@@ -49,7 +49,7 @@ lint:
 # bench measures each operation over HTTP beside what it stands on.
 bench:
 	@$(call need,initdb,postgresql,postgresql)
-	go test -run '^$$' -bench 'Tasks|Health|Encode' -benchtime 3s -timeout 60m .
+	go test -run '^$$' -bench 'Tasks|Health|Encode' -benchtime 1s -timeout 60m .
 
 # image builds the container image.
 image:

@@ -92,7 +92,7 @@ func benchOperations(b *testing.B, store *Store, tasks int) {
 		description = "two litres"
 		patch       = Patch{Title: &description}
 		yes         = true
-		deep        = benchID(tasks / 100 * 98)
+		deep        = benchID(tasks / 2)
 		path        = func() string { return "/api/tasks/" + benchID(1+rand.IntN(tasks)) }
 		target      = func() Target { return Target{ID: benchID(1 + rand.IntN(tasks))} }
 		user        = func() string { return fmt.Sprintf("user%d", rand.IntN(benchUsers)) }

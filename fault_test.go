@@ -501,7 +501,7 @@ func TestFaultEachOperation(t *testing.T) {
 				}
 			}
 			if n := p.counts[f].Load(); n != int64(len(actions)) {
-				t.Errorf("%d workloadOps have met the fault, not %d", n, len(actions))
+				t.Errorf("%d operations have met the fault, not %d", n, len(actions))
 			}
 			// Nothing is wrong with the pool.
 			for _, op := range slices.Concat(actions, actions) {
