@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"math"
 	"os"
-	"os/exec"
 	"reflect"
 	"regexp"
 	"runtime"
@@ -320,9 +319,6 @@ func TestMetricsProcess(t *testing.T) {
 }
 
 func TestMetricsThisProcess(t *testing.T) {
-	if runtime.GOOS != "linux" {
-		t.Skip("only Linux tells")
-	}
 	var m metrics
 	got := parseMetrics(t, m.appendTo(nil, sql.DBStats{}))
 	now := float64(time.Now().Unix())
@@ -338,25 +334,16 @@ func TestMetricsThisProcess(t *testing.T) {
 		{"go_threads", 1, 1e5},
 		{"go_memstats_alloc_bytes", 1 << 10, got["go_memstats_sys_bytes"]},
 	} {
-		if v, ok := got[tt.name]; !ok || v < tt.min || v > tt.max {
+		v, ok := got[tt.name]
+		if strings.HasPrefix(tt.name, "process_") && runtime.GOOS != "linux" { // where there is no /proc
+			if ok {
+				t.Errorf("%s = %v", tt.name, v)
+			}
+			continue
+		}
+		if !ok || v < tt.min || v > tt.max {
 			t.Errorf("%s = %v, want %v to %v", tt.name, v, tt.min, tt.max)
 		}
-	}
-}
-
-// Prometheus' own tool has nothing to say.
-func TestMetricsPromtool(t *testing.T) {
-	promtool, err := exec.LookPath("promtool")
-	if err != nil {
-		t.Skip("promtool is not installed")
-	}
-	var m metrics
-	m.observe("/api/tasks/{id}", "GET", 200, time.Millisecond)
-	m.observe("a\\b\"c\nd", "GET", 404, time.Minute)
-	check := exec.Command(promtool, "check", "metrics")
-	check.Stdin = bytes.NewReader(m.appendTo(nil, sql.DBStats{}))
-	if out, err := check.CombinedOutput(); err != nil || len(out) > 0 {
-		t.Errorf("promtool check metrics: %v\n%s", err, out)
 	}
 }
 

@@ -130,7 +130,7 @@ func digest(n NewTask) []byte {
 	return sum[:]
 }
 
-// List returns a page of tasks, not nil, and reports whether more follow.
+// List returns a page of tasks and reports whether more follow.
 //
 // A page is one range of the index whose columns are what is filtered by, and
 // id. It is put so that no other index gives the order: with = for the filters,
