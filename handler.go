@@ -352,12 +352,14 @@ func (h *Handler) tasks(operation func(context.Context, http.ResponseWriter, *re
 
 // readBody reads the body within the request's deadline and up to its limit.
 func (h *Handler) readBody(w http.ResponseWriter, r *http.Request) ([]byte, error) {
-	tooLarge := refuse(http.StatusRequestEntityTooLarge, "The body is larger than %d bytes.", maxBody)
 	if r.ContentLength == 0 {
 		return nil, nil
 	}
+	tooLarge := func() error {
+		return refuse(http.StatusRequestEntityTooLarge, "The body is larger than %d bytes.", maxBody)
+	}
 	if r.ContentLength > maxBody {
-		return nil, tooLarge
+		return nil, tooLarge()
 	}
 	// Where deadlines are not supported, those of the server must do.
 	rc := http.NewResponseController(w)
@@ -370,7 +372,7 @@ func (h *Handler) readBody(w http.ResponseWriter, r *http.Request) ([]byte, erro
 	case err != nil:
 		return nil, MalformedError("The body broke off: " + err.Error() + ".")
 	case len(body) > maxBody:
-		return nil, tooLarge
+		return nil, tooLarge()
 	}
 	// A deadline that passes while the request is served would end the
 	// connection's context, and so each later request on it.
