@@ -130,7 +130,13 @@ func newAPI(t testing.TB, opts Options) *api {
 // newAPIOn returns a service on the database that dbURL names.
 func newAPIOn(t testing.TB, dbURL string, opts Options) *api {
 	t.Helper()
-	a := &api{TB: t, dbURL: dbURL, db: open(t, dbURL), log: &testLog{t: t}}
+	return newAPIWithDB(t, dbURL, open(t, dbURL), opts)
+}
+
+// newAPIWithDB returns a service on a pool, which it closes in the end.
+func newAPIWithDB(t testing.TB, dbURL string, db *sql.DB, opts Options) *api {
+	t.Helper()
+	a := &api{TB: t, dbURL: dbURL, db: db, log: &testLog{t: t}}
 	t.Cleanup(func() { a.db.Close() })
 	store := NewStore(a.db)
 	if err := store.Migrate(t.Context()); err != nil {
@@ -2171,18 +2177,12 @@ func TestMaxInFlight(t *testing.T) {
 // awaitQuery waits until a query's answer is true.
 func awaitQuery(t testing.TB, db *sql.DB, what, query string) {
 	t.Helper()
-	for deadline := time.Now().Add(20 * time.Second); ; time.Sleep(time.Millisecond) {
-		var ok bool
+	waitFor(t, what, func() (ok bool) {
 		if err := db.QueryRow(query).Scan(&ok); err != nil {
 			t.Fatalf("%s: %v", query, err)
 		}
-		if ok {
-			return
-		}
-		if time.Now().After(deadline) {
-			t.Fatalf("waited in vain for %s", what)
-		}
-	}
+		return ok
+	})
 }
 
 // A defect is 500, of which the client learns nothing and the log the cause.

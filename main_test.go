@@ -32,16 +32,6 @@ import (
 	"time"
 )
 
-// eventually returns once done does, which is asked again and again.
-func eventually(t testing.TB, done func() bool) {
-	t.Helper()
-	for start := time.Now(); !done(); time.Sleep(5 * time.Millisecond) {
-		if time.Since(start) > 40*time.Second {
-			t.Fatal("waited in vain")
-		}
-	}
-}
-
 // settings are environment variables by their names.
 type settings map[string]string
 
@@ -86,7 +76,7 @@ func runWith(t testing.TB, env settings, args ...string) *service {
 // wait returns what run does.
 func (s *service) wait() error {
 	s.t.Helper()
-	eventually(s.t, func() bool {
+	waitFor(s.t, "the end", func() bool {
 		select {
 		case <-s.ended:
 			return true
@@ -102,7 +92,7 @@ func (s *service) wait() error {
 func (s *service) logged(pattern string) (group string) {
 	s.t.Helper()
 	re := regexp.MustCompile(pattern)
-	eventually(s.t, func() bool {
+	waitFor(s.t, "the log to say "+pattern, func() bool {
 		if match := re.FindStringSubmatch(s.log.String()); match != nil {
 			group = match[len(match)-1]
 			return true
@@ -177,7 +167,7 @@ func (s *service) hold() *heldRequest {
 	const body = `{"title": "held"}`
 	fmt.Fprintf(conn, "POST /api/tasks HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%s",
 		len(body), body[:len(body)-1])
-	eventually(s.t, func() bool {
+	waitFor(s.t, "a request in flight", func() bool {
 		_, page := s.get("/metrics")
 		return strings.Contains(page, "\nhttp_requests_in_flight 2\n") // it, and this
 	})
@@ -636,7 +626,7 @@ func TestStopWaits(t *testing.T) {
 	s.log.expected.Store(true)
 	s.stop()
 	s.logged("msg=stopping")
-	eventually(t, func() bool {
+	waitFor(t, "/readyz to turn", func() bool {
 		status, _ := s.get("/readyz")
 		return status == http.StatusServiceUnavailable
 	})
@@ -693,7 +683,7 @@ func TestStopUnderLoad(t *testing.T) {
 			}
 		})
 	}
-	eventually(t, func() bool { return answers.Load() > 500 })
+	waitFor(t, "answers", func() bool { return answers.Load() > 500 })
 	before := answers.Load()
 	p.signal(syscall.SIGTERM)
 	clients.Wait()

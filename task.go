@@ -246,6 +246,9 @@ type decoder struct {
 
 // newDecoder returns a decoder of the object that body holds.
 func newDecoder(body []byte) (*decoder, error) {
+	if len(body) == 0 {
+		return nil, MalformedError("A body is required.")
+	}
 	if !utf8.Valid(body) {
 		return nil, MalformedError("The body is not valid UTF-8.")
 	}

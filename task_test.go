@@ -32,7 +32,7 @@ func TestDecodeErrors(t *testing.T) {
 		body   string
 		want   string
 	}{
-		{"nothing", newTask, "", "The body is not valid JSON: unexpected end of JSON input."},
+		{"nothing", newTask, "", "A body is required."},
 		{"not UTF-8", newTask, "\"\xff\"", "The body is not valid UTF-8."},
 		{"twice", patch, `{"a\"":1,"\u0061\"":2}`, `The body has the member "a\"" twice.`},
 		{"surrogate", patch, `{"title":"\udead"}`, `The body has a \u escape that is half of a surrogate pair.`},
