@@ -5,6 +5,7 @@ package main
 // [OpenDB]'s connections see to it that none which writes is run twice.
 
 import (
+	"cmp"
 	"context"
 	"crypto/sha256"
 	"database/sql"
@@ -133,42 +134,31 @@ func digest(n NewTask) []byte {
 // List returns a page of tasks and reports whether more follow.
 //
 // A page is one range of the index whose columns are what is filtered by, and
-// id. It is put so that no other index gives the order: with = for the filters,
-// PostgreSQL expects tasks that match to be spread evenly, and may walk the
-// primary key past millions that do not.
+// id. It is put so that PostgreSQL reads nothing else. With = for the filters it
+// would expect tasks that match to be spread evenly, and might walk the primary
+// key past millions that do not. With a limit that it can see it would read and
+// sort all that follows wherever it takes that for little more than a page, and
+// of a row comparison it knows the first column only.
 func (s *Store) List(ctx context.Context, f Filter) (page []Task, more bool, err error) {
-	begin, end, beyond, order := ">=", "<=", ">", ""
+	beyond, until, order, start := ">", "<=", "", "00000000-0000-0000-0000-000000000000"
 	if f.Descending {
-		begin, end, beyond, order = "<=", ">=", "<", " DESC"
+		beyond, until, order, start = "<", ">=", " DESC", "ffffffff-ffff-ffff-ffff-ffffffffffff"
 	}
-	var keys, bounds []string
-	args := []any{f.Limit + 1}
-	arg := func(value any) string {
-		args = append(args, value)
-		return "$" + strconv.Itoa(len(args))
-	}
+	var keys, values []string // what is filtered by
+	args := []any{f.Limit + 1, cmp.Or(f.After, start)}
 	if f.Owner != nil {
-		keys, bounds = append(keys, "user_id"), append(bounds, arg(*f.Owner))
+		keys, values, args = append(keys, "user_id"), append(values, "$3"), append(args, *f.Owner)
 	}
 	if f.Completed != nil {
-		keys, bounds = append(keys, "completed"), append(bounds, strconv.FormatBool(*f.Completed))
+		keys, values = append(keys, "completed"), append(values, strconv.FormatBool(*f.Completed))
 	}
-	query := selectTasks + " WHERE true"
-	where := func(comparison string) {
-		if len(keys) > 0 {
-			query += " AND (" + strings.Join(keys, ", ") + ") " + comparison + " (" + strings.Join(bounds, ", ") + ")"
-		}
+	query := selectTasks + " WHERE "
+	if len(keys) > 0 {
+		query += "(" + strings.Join(keys, ", ") + ") " + until + " (" + strings.Join(values, ", ") + ") AND "
 	}
-	where(end)
-	if f.After == "" {
-		where(begin)
-	}
-	keys = append(keys, "id")
-	if f.After != "" {
-		bounds = append(bounds, arg(f.After))
-		where(beyond)
-	}
-	query += " ORDER BY " + strings.Join(keys, order+", ") + order + " LIMIT $1"
+	keys, values = append(keys, "id"), append(values, "$2")
+	query += "(" + strings.Join(keys, ", ") + ") " + beyond + " (" + strings.Join(values, ", ") + ")" +
+		" ORDER BY " + strings.Join(keys, order+", ") + order + " LIMIT (SELECT $1::bigint)"
 	page, err = s.many(ctx, query, args...)
 	if len(page) > f.Limit {
 		return page[:f.Limit], true, err

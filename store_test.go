@@ -189,29 +189,34 @@ func TestIndexes(t *testing.T) {
 		t.Fatal(err)
 	}
 	setup.Close()
-	// One task in 25 is completed, and one in 4 alice's.
+	// One task in 25 is completed, and one in 4 alice's. Behind dave comes a user
+	// with few: the rest of the range must not be taken for as short.
 	execSQL(t, dbURL, `INSERT INTO tasks (id, title, user_id, completed)
 		SELECT `+idOf("n")+`, 'a', (ARRAY['alice', 'bob', 'carol', 'dave'])[1 + n % 4], n / 4 % 25 = 0 FROM generate_series(1, 40000) n`)
+	execSQL(t, dbURL, `INSERT INTO tasks (id, title, user_id) SELECT `+idOf("n")+`, 'a', 'eve' FROM generate_series(40001, 40500) n`)
 	execSQL(t, dbURL, "ANALYZE tasks")
 	observer := open(t, dbURL)
 	defer observer.Close()
 	observer.SetMaxOpenConns(1)
-	const limit, blocks = 10, 8
+	const blocks = 25
 	for _, tt := range []struct {
 		name   string
 		filter Filter
 		want   string // index
 	}{
-		{"all", Filter{}, "tasks_pkey"},
-		{"completed", Filter{Completed: new(true)}, "tasks_completed_id"},
-		{"not completed", Filter{Completed: new(false)}, "tasks_completed_id"},
-		{"alice's", Filter{Owner: new("alice")}, "tasks_user_id_id"},
-		{"alice's, completed", Filter{Owner: new("alice"), Completed: new(true)}, "tasks_user_id_completed_id"},
-		{"alice's, not completed", Filter{Owner: new("alice"), Completed: new(false)}, "tasks_user_id_completed_id"},
+		{"all", Filter{Limit: 10}, "tasks_pkey"},
+		{"completed", Filter{Limit: 10, Completed: new(true)}, "tasks_completed_id"},
+		{"not completed", Filter{Limit: 10, Completed: new(false)}, "tasks_completed_id"},
+		{"alice's", Filter{Limit: 10, Owner: new("alice")}, "tasks_user_id_id"},
+		{"dave's", Filter{Limit: 1000, Owner: new("dave")}, "tasks_user_id_id"},
+		{"alice's, completed", Filter{Limit: 10, Owner: new("alice"), Completed: new(true)}, "tasks_user_id_completed_id"},
+		{"alice's, not completed", Filter{Limit: 10, Owner: new("alice"), Completed: new(false)}, "tasks_user_id_completed_id"},
+		{"dave's, not completed", Filter{Limit: 1000, Owner: new("dave"), Completed: new(false)}, "tasks_user_id_completed_id"},
 	} {
+		limit := tt.filter.Limit
 		for _, descending := range []bool{false, true} {
 			for _, after := range []string{"", "00000000-0000-7000-8000-000000020000"} {
-				tt.filter.Limit, tt.filter.Descending, tt.filter.After = limit, descending, after
+				tt.filter.Descending, tt.filter.After = descending, after
 				before := indexUse(t, observer, 0)
 				db := open(t, dbURL)
 				page, more, err := NewStore(db).List(t.Context(), tt.filter)
@@ -228,9 +233,10 @@ func TestIndexes(t *testing.T) {
 						read = use{now.scans - was.scans, now.entries - was.entries, now.blocks - was.blocks}
 					}
 				}
-				if !slices.Equal(used, []string{tt.want}) || read.scans != 1 || read.entries != limit+1 || read.blocks > blocks {
-					t.Errorf("%s, descending %t, after %q: read %+v of %s, want one scan of %s, %d entries and at most %d blocks",
-						tt.name, descending, after, read, used, tt.want, limit+1, blocks)
+				// The planner may look at the end of an index.
+				if !slices.Equal(used, []string{tt.want}) || read.scans > 2 || read.entries-read.scans != limit || read.blocks > blocks {
+					t.Errorf("%s, descending %t, after %q: read %+v of %s, want one or two scans of %s, %d entries and as many more, and at most %d blocks",
+						tt.name, descending, after, read, used, tt.want, limit, blocks)
 				}
 			}
 		}
