@@ -265,8 +265,11 @@ func messages(r *bufio.Reader, types string) (all []byte, err error) {
 }
 
 // executes reports whether the messages of a statement are more than what
-// prepares it.
+// prepares it, or the connection for it.
 func executes(statement []byte) bool {
+	if bytes.HasPrefix(statement[5:], []byte("SET ")) {
+		return false
+	}
 	r := bufio.NewReader(bytes.NewReader(statement))
 	_, err := messages(r, "QE")
 	return err == nil
