@@ -783,16 +783,9 @@ func writeTask(w http.ResponseWriter, status int, t Task, err error) error {
 
 // writeTasks writes a page of tasks.
 func writeTasks(w http.ResponseWriter, page []Task) error {
-	b := make([]byte, 0, 2+512*len(page))
-	b = append(b, '[')
-	for i, t := range page {
-		if i > 0 {
-			b = append(b, ',')
-		}
-		b = t.appendJSON(b)
-	}
 	w.Header().Set("Cache-Control", "no-cache")
-	return write(w, http.StatusOK, mediaTypeJSON, append(b, "]\n"...))
+	body := appendTasks(make([]byte, 0, 2+512*len(page)), page)
+	return write(w, http.StatusOK, mediaTypeJSON, append(body, '\n'))
 }
 
 // writeJSON writes a value as JSON.

@@ -13,8 +13,11 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"math"
+	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"time"
 )
@@ -27,18 +30,19 @@ var schema string
 // not answer as it should: then a write may or may not have been applied, once.
 // Any other error is a defect.
 type Store struct {
-	db    *sql.DB
-	turns chan struct{} // one for each connection that db may open
-	last  atomic.Int64  // the latest time of creation given out, in microseconds
+	db        *sql.DB
+	turns     chan struct{} // one for each connection that db may open
+	creations gatherer[Task]
+	fetches   gatherer[string]
+	last      atomic.Int64 // the latest time of creation given out, in microseconds
 }
 
 // NewStore returns a Store on a pool of [OpenDB], whose limit of open
 // connections must not change afterwards.
 func NewStore(db *sql.DB) *Store {
-	s := &Store{db: db}
-	if n := db.Stats().MaxOpenConnections; n > 0 {
-		s.turns = make(chan struct{}, n)
-	}
+	s := &Store{db: db, turns: make(chan struct{}, cmp.Or(db.Stats().MaxOpenConnections, math.MaxInt32))}
+	s.creations.run = s.createAll
+	s.fetches.run = s.fetchAll
 	return s
 }
 
@@ -70,9 +74,10 @@ const columns = `id, user_id, title, description, completed, version, created_at
 
 const selectTasks = `SELECT ` + columns + ` FROM tasks`
 
-const insertTask = `
-	INSERT INTO tasks (id, user_id, title, description, completed, created_at, updated_at, idempotency_key, idempotency_digest)
-	VALUES ($1, $2, $3, $4, $5, $6, $6, $7, $8)`
+// insertTasks inserts the tasks of a JSON array, with the same key and digest.
+const insertTasks = `
+	INSERT INTO tasks (` + columns + `, idempotency_key, idempotency_digest)
+	SELECT ` + columns + `, $2, $3 FROM json_populate_recordset(NULL::tasks, $1)`
 
 // onRepeat makes an insert whose idempotency key is taken return the task that
 // has it, unless another content was asked for. The update changes nothing; it
@@ -98,18 +103,41 @@ const step = `version = version + 1, updated_at = greatest(updated_at, now())`
 // [ErrKeyReused].
 func (s *Store) Create(ctx context.Context, n NewTask, key string) (t Task, replayed bool, err error) {
 	now := s.now()
-	id := newID(now)
+	t = Task{newID(now), n.UserID, n.Title, n.Description, n.Completed, 1, now, now}
 	if key == "" {
-		t, err = s.one(ctx, insertTask+returning,
-			id, n.UserID, n.Title, n.Description, n.Completed, now, nil, nil)
+		tasks, err := s.creations.do(ctx, t)
+		t, err = pick(tasks, t.ID, err)
 		return t, false, err
 	}
-	t, err = s.one(ctx, insertTask+onRepeat+returning,
-		id, n.UserID, n.Title, n.Description, n.Completed, now, key, digest(n))
+	made, err := s.one(ctx, insertTasks+onRepeat+returning, string(appendTasks(nil, []Task{t})), key, digest(n))
 	if errors.Is(err, ErrNotFound) {
 		err = ErrKeyReused
 	}
-	return t, t.ID != id, err
+	return made, made.ID != t.ID, err
+}
+
+// createAll makes several tasks: all of them, or else, if the database refuses
+// one, those that it does not refuse.
+func (s *Store) createAll(ctx context.Context, tasks []Task) ([]Task, error) {
+	made, err := s.query(ctx, insertTasks+returning, string(appendTasks(nil, tasks)), nil, nil)
+	if len(tasks) == 1 || err == nil || errors.Is(err, ErrUnavailable) {
+		return made, err
+	}
+	for _, t := range tasks {
+		one, oneErr := s.createAll(ctx, []Task{t})
+		made, err = append(made, one...), cmp.Or(oneErr, err)
+	}
+	return made, err
+}
+
+// pick returns the task with an id from those of a batch. It may be there in
+// spite of an error, which is then another one's.
+func pick(tasks []Task, id string, err error) (Task, error) {
+	i := slices.IndexFunc(tasks, func(t Task) bool { return t.ID == id })
+	if i < 0 {
+		return Task{}, cmp.Or(err, ErrNotFound)
+	}
+	return tasks[i], nil
 }
 
 // now returns the time in microseconds, which is what PostgreSQL keeps, and
@@ -159,20 +187,26 @@ func (s *Store) List(ctx context.Context, f Filter) (page []Task, more bool, err
 	keys, values = append(keys, "id"), append(values, "$2")
 	query += "(" + strings.Join(keys, ", ") + ") " + beyond + " (" + strings.Join(values, ", ") + ")" +
 		" ORDER BY " + strings.Join(keys, order+", ") + order + " LIMIT (SELECT $1::bigint)"
-	page, err = s.many(ctx, query, args...)
+	page, err = s.query(ctx, query, args...)
 	if len(page) > f.Limit {
 		return page[:f.Limit], true, err
 	}
 	return page, false, err
 }
 
-// Get returns a task, whatever its version. Its statement has only the conditions
-// that it needs, because it is the one that is planned the most often.
+// Get returns a task, whatever its version.
 func (s *Store) Get(ctx context.Context, t Target) (Task, error) {
-	if t.Owner == nil {
-		return s.one(ctx, selectTasks+" WHERE id = $1", t.ID)
+	tasks, err := s.fetches.do(ctx, t.ID)
+	task, err := pick(tasks, t.ID, err)
+	if err == nil && t.Owner != nil && (task.UserID == nil || *task.UserID != *t.Owner) {
+		return Task{}, ErrNotFound
 	}
-	return s.one(ctx, selectTasks+" WHERE id = $1 AND user_id = $2", t.ID, *t.Owner)
+	return task, err
+}
+
+// fetchAll returns the tasks with the given ids, as far as there are any.
+func (s *Store) fetchAll(ctx context.Context, ids []string) ([]Task, error) {
+	return s.query(ctx, selectTasks+" WHERE id = ANY ($1)", ids)
 }
 
 // Replace replaces what a client may say of a task.
@@ -218,72 +252,49 @@ func (s *Store) change(ctx context.Context, t Target, query string, args ...any)
 }
 
 // one runs a statement that returns one task. [ErrNotFound]: it returned none.
-func (s *Store) one(ctx context.Context, query string, args ...any) (t Task, err error) {
-	if err := s.begin(ctx); err != nil {
+func (s *Store) one(ctx context.Context, statement string, args ...any) (Task, error) {
+	tasks, err := s.query(ctx, statement, args...)
+	if err != nil {
 		return Task{}, err
 	}
-	defer s.end()
-	t, err = scan(s.db.QueryRowContext(ctx, query, args...))
-	if err == nil {
-		// The row may have come before the end of the transaction did, and
-		// database/sql does not report what becomes of a statement whose
-		// context ends in between.
-		err = ctx.Err()
-	}
-	if errors.Is(err, sql.ErrNoRows) {
+	if len(tasks) == 0 {
 		return Task{}, ErrNotFound
 	}
-	return t, unavailable(ctx, err)
+	return tasks[0], nil
 }
 
-// many runs a statement that returns tasks.
-func (s *Store) many(ctx context.Context, query string, args ...any) ([]Task, error) {
-	if err := s.begin(ctx); err != nil {
-		return nil, err
-	}
-	defer s.end()
-	rows, err := s.db.QueryContext(ctx, query, args...)
-	if err != nil {
-		return nil, unavailable(ctx, err)
-	}
-	defer rows.Close()
-	tasks := make([]Task, 0, 16)
-	for rows.Next() {
-		t, err := scan(rows)
-		if err != nil {
-			return nil, unavailable(ctx, err)
-		}
-		tasks = append(tasks, t)
-	}
-	return tasks, unavailable(ctx, rows.Err())
-}
-
-// scan reads the columns of one task.
-func scan(row interface{ Scan(...any) error }) (t Task, err error) {
-	err = row.Scan(&t.ID, &t.UserID, &t.Title, &t.Description, &t.Completed, &t.Version, &t.CreatedAt, &t.UpdatedAt)
-	t.CreatedAt, t.UpdatedAt = t.CreatedAt.UTC(), t.UpdatedAt.UTC()
-	return t, err
-}
-
-// begin waits for a turn on the pool, which [Store.end] gives back. Turns come
-// in the order of asking; database/sql alone serves in no order, so that under
-// load some requests would wait until their deadline.
-func (s *Store) begin(ctx context.Context) error {
-	if s.turns == nil {
-		return nil
-	}
+// query runs a statement that returns tasks. It first waits for a turn on the
+// pool: turns come in the order of asking, while database/sql alone serves in no
+// order, so that under load some requests would wait until their deadline.
+func (s *Store) query(ctx context.Context, statement string, args ...any) (tasks []Task, err error) {
+	defer func() { err = unavailable(ctx, err) }()
 	select {
 	case s.turns <- struct{}{}:
-		return nil
+		defer func() { <-s.turns }()
 	case <-ctx.Done():
-		return unavailable(ctx, ctx.Err())
+		return nil, ctx.Err()
 	}
-}
-
-func (s *Store) end() {
-	if s.turns != nil {
-		<-s.turns
+	rows, err := s.db.QueryContext(ctx, statement, args...)
+	if err != nil {
+		return nil, err
 	}
+	defer rows.Close()
+	tasks = make([]Task, 0, 16)
+	for rows.Next() {
+		var t Task
+		if err := rows.Scan(&t.ID, &t.UserID, &t.Title, &t.Description, &t.Completed, &t.Version, &t.CreatedAt, &t.UpdatedAt); err != nil {
+			return nil, err
+		}
+		t.CreatedAt, t.UpdatedAt = t.CreatedAt.UTC(), t.UpdatedAt.UTC()
+		tasks = append(tasks, t)
+	}
+	// The rows may have come before the end of the transaction did, and
+	// database/sql does not report what becomes of a statement whose context
+	// ends in between.
+	if err := cmp.Or(rows.Err(), ctx.Err()); err != nil {
+		return nil, err
+	}
+	return tasks, nil
 }
 
 // unavailable makes an error that the database or the end of ctx is to blame for
@@ -294,4 +305,121 @@ func unavailable(ctx context.Context, err error) error {
 		return err
 	}
 	return fmt.Errorf("%w: %w", ErrUnavailable, err)
+}
+
+// A gatherer makes one statement of the calls that come while another is under
+// way: one round trip, one plan and one commit for all of them. A call that
+// meets none goes at once, and none waits for longer than gatherTime, so that a
+// connection which has died holds up nobody else's calls.
+type gatherer[T any] struct {
+	run      func(context.Context, []T) ([]Task, error)
+	mu       sync.Mutex
+	next     *batch[T] // which calls join; nil: the next call begins one
+	underWay int
+}
+
+const (
+	gatherTime = time.Millisecond
+	maxBatch   = 100 // calls that are not made to wait for more
+)
+
+// batch is the calls that one statement is for. It ends with the deadline of the
+// first, or when all have left.
+type batch[T any] struct {
+	ctx     context.Context
+	cancel  context.CancelFunc
+	calls   []T
+	waiting int           // calls that have not left
+	start   chan struct{} // has an element when the batch need not wait for more
+	done    chan struct{} // closed when tasks and err are there
+	tasks   []Task
+	err     error
+}
+
+// do makes a call part of a batch, and returns what came of all of it. Whoever
+// came first runs it, and stays for the others.
+func (g *gatherer[T]) do(ctx context.Context, call T) ([]Task, error) {
+	b, first := g.join(ctx, call)
+	defer context.AfterFunc(ctx, func() { g.leave(b) })()
+	if first {
+		g.lead(b)
+	}
+	select {
+	case <-b.done:
+		return b.tasks, b.err
+	case <-ctx.Done():
+		return nil, unavailable(ctx, ctx.Err())
+	}
+}
+
+func (g *gatherer[T]) join(ctx context.Context, call T) (b *batch[T], first bool) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if g.next == nil {
+		g.next, first = newBatch[T](ctx), true
+	}
+	b = g.next
+	b.calls = append(b.calls, call)
+	b.waiting++
+	if g.underWay == 0 || len(b.calls) == maxBatch {
+		b.begin()
+	}
+	return b, first
+}
+
+func newBatch[T any](ctx context.Context) *batch[T] {
+	b := &batch[T]{start: make(chan struct{}, 1), done: make(chan struct{})}
+	deadline, ok := ctx.Deadline()
+	ctx = context.WithoutCancel(ctx)
+	if ok {
+		b.ctx, b.cancel = context.WithDeadline(ctx, deadline)
+	} else {
+		b.ctx, b.cancel = context.WithCancel(ctx)
+	}
+	return b
+}
+
+// begin lets a batch begin, if it has not.
+func (b *batch[T]) begin() {
+	select {
+	case b.start <- struct{}{}:
+	default:
+	}
+}
+
+func (g *gatherer[T]) leave(b *batch[T]) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if b.waiting--; b.waiting > 0 {
+		return
+	}
+	b.cancel()
+	if g.next == b {
+		g.next = nil
+	}
+}
+
+// lead runs a batch.
+func (g *gatherer[T]) lead(b *batch[T]) {
+	select {
+	case <-b.start:
+	case <-time.After(gatherTime):
+	}
+	g.mu.Lock()
+	if g.next == b {
+		g.next = nil
+	}
+	g.underWay++
+	g.mu.Unlock()
+	defer func() { // after a panic too
+		b.cancel()
+		close(b.done)
+		g.mu.Lock()
+		defer g.mu.Unlock()
+		if g.underWay--; g.next != nil {
+			g.next.begin()
+		}
+	}()
+	b.err = ErrUnavailable // stands if it panics
+	b.tasks, b.err = g.run(b.ctx, b.calls)
 }

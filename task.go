@@ -73,6 +73,18 @@ func (t Task) appendJSON(b []byte) []byte {
 	return append(b, `"}`...)
 }
 
+// appendTasks appends a JSON array of tasks.
+func appendTasks(b []byte, tasks []Task) []byte {
+	b = append(b, '[')
+	for i, t := range tasks {
+		if i > 0 {
+			b = append(b, ',')
+		}
+		b = t.appendJSON(b)
+	}
+	return append(b, ']')
+}
+
 // appendString appends a string, which must be valid UTF-8, or null.
 func appendString(b []byte, s *string) []byte {
 	if s == nil {
