@@ -91,6 +91,7 @@ func benchOperations(b *testing.B, store *Store, tasks int) {
 		ctx         = b.Context()
 		description = "two litres"
 		patch       = Patch{Title: &description}
+		replacement = Patch{Title: &description, Description: Optional[string]{Set: true}, Completed: new(false)}
 		yes         = true
 		deep        = benchID(tasks / 2)
 		path        = func() string { return "/api/tasks/" + benchID(1+rand.IntN(tasks)) }
@@ -126,13 +127,13 @@ func benchOperations(b *testing.B, store *Store, tasks int) {
 			func() error { _, err := store.Get(ctx, target()); return err }},
 		{"replace",
 			func() error { _, err := send("PUT", path(), `{"title": "two litres"}`); return err },
-			func() error { _, err := store.Replace(ctx, target(), Replacement{Title: description}); return err }},
+			func() error { _, err := store.Patch(ctx, target(), replacement); return err }},
 		{"patch",
 			func() error { _, err := send("PATCH", path(), `{"title": "two litres"}`); return err },
 			func() error { _, err := store.Patch(ctx, target(), patch); return err }},
 		{"complete",
 			func() error { _, err := send("PATCH", path()+"/complete", ""); return err },
-			func() error { _, err := store.Complete(ctx, target(), nil); return err }},
+			func() error { _, err := store.Flip(ctx, target()); return err }},
 		{"create-delete",
 			func() error {
 				t, err := post()

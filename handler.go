@@ -132,8 +132,8 @@ func (h *Handler) routes() []route {
 		{"POST /api/tasks", h.tasks(h.createTask, scope, whole)},
 		{"GET /api/tasks", h.tasks(h.listTasks, page, nil)},
 		{"GET /api/tasks/{id}", h.tasks(h.getTask, scope, nil)},
-		{"PUT /api/tasks/{id}", h.tasks(h.replaceTask, scope, whole)},
-		{"PATCH /api/tasks/{id}", h.tasks(h.patchTask, scope, patch)},
+		{"PUT /api/tasks/{id}", h.tasks(h.changeTask(DecodeReplacement), scope, whole)},
+		{"PATCH /api/tasks/{id}", h.tasks(h.changeTask(DecodePatch), scope, patch)},
 		{"PATCH /api/tasks/{id}/complete", h.tasks(h.completeTask, scope, patch)},
 		{"DELETE /api/tasks/{id}", h.tasks(h.deleteTask, scope, nil)},
 		{"GET /healthz", h.health},
@@ -202,34 +202,23 @@ func (h *Handler) getTask(ctx context.Context, w http.ResponseWriter, r *request
 	return nil
 }
 
-func (h *Handler) replaceTask(ctx context.Context, w http.ResponseWriter, r *request) error {
-	replacement, err := DecodeReplacement(r.body)
-	if err != nil {
-		return err
-	}
-	t, err := h.store.Replace(ctx, r.target(), replacement)
-	return writeTask(w, http.StatusOK, t, err)
-}
-
-func (h *Handler) patchTask(ctx context.Context, w http.ResponseWriter, r *request) error {
-	patch, err := DecodePatch(r.body)
-	if err != nil {
-		return err
-	}
-	t, err := h.store.Patch(ctx, r.target(), patch)
-	return writeTask(w, http.StatusOK, t, err)
-}
-
-func (h *Handler) completeTask(ctx context.Context, w http.ResponseWriter, r *request) error {
-	var completed *bool
-	if len(r.body) > 0 {
-		b, err := DecodeCompletion(r.body)
+// changeTask is replaceTask and patchTask, which differ in what decodes the body.
+func (h *Handler) changeTask(decode func([]byte) (Patch, error)) operation {
+	return func(ctx context.Context, w http.ResponseWriter, r *request) error {
+		patch, err := decode(r.body)
 		if err != nil {
 			return err
 		}
-		completed = &b
+		t, err := h.store.Patch(ctx, r.target(), patch)
+		return writeTask(w, http.StatusOK, t, err)
 	}
-	t, err := h.store.Complete(ctx, r.target(), completed)
+}
+
+func (h *Handler) completeTask(ctx context.Context, w http.ResponseWriter, r *request) error {
+	if len(r.body) > 0 {
+		return h.changeTask(DecodeCompletion)(ctx, w, r)
+	}
+	t, err := h.store.Flip(ctx, r.target())
 	return writeTask(w, http.StatusOK, t, err)
 }
 
@@ -310,11 +299,14 @@ func (r *request) target() Target {
 	return Target{ID: r.id, Owner: r.owner, Versions: matchVersions(r.Header)}
 }
 
-// tasks makes an operation on tasks an endpoint, by doing what comes before all
+// operation is what is done for a request on tasks, and how it is answered.
+type operation func(ctx context.Context, w http.ResponseWriter, r *request) error
+
+// tasks makes an operation an endpoint, by doing what comes before all
 // of them, in the order in which errors take precedence. params are the query
 // parameters that the operation knows; accepts are the media types of its body,
 // none if it has no body.
-func (h *Handler) tasks(operation func(context.Context, http.ResponseWriter, *request) error, params, accepts []string) endpoint {
+func (h *Handler) tasks(do operation, params, accepts []string) endpoint {
 	return func(w http.ResponseWriter, req *http.Request) error {
 		// A tenth of the time is left for the answer when the database takes
 		// all that it is given.
@@ -346,7 +338,7 @@ func (h *Handler) tasks(operation func(context.Context, http.ResponseWriter, *re
 		if bodyErr != nil {
 			return bodyErr
 		}
-		return operation(ctx, w, r)
+		return do(ctx, w, r)
 	}
 }
 

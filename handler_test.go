@@ -346,16 +346,16 @@ func (c *rawConn) answer(method string) *answer {
 	return &answer{resp, body}
 }
 
-// operation is a request on tasks and the status of its success.
-type operation struct {
+// wish is a request on tasks and the status of its success.
+type wish struct {
 	method, path, body string
 	want               int
 }
 
 // operations returns one request for each operation on tasks, on the task with
 // the given id.
-func operations(id string) []operation {
-	return []operation{
+func operations(id string) []wish {
+	return []wish{
 		{"POST", "/api/tasks", `{"title": "a"}`, 201},
 		{"GET", "/api/tasks", "", 200},
 		{"GET", "/api/tasks/" + id, "", 200},
@@ -367,7 +367,7 @@ func operations(id string) []operation {
 }
 
 // changes returns those that change a task.
-func changes(id string) []operation { return operations(id)[3:] }
+func changes(id string) []wish { return operations(id)[3:] }
 
 // noTask is the id of no task.
 const noTask = "019c2292-294b-774b-8e0f-5b3a1f6c9d42"
@@ -1394,7 +1394,7 @@ func TestIfMatch(t *testing.T) {
 		a.run(tt.name, func(a *api) {
 			for i := range 5 {
 				path := "/api/tasks/" + a.atVersion10().ID
-				op := append(changes(path[len("/api/tasks/"):]), operation{"PATCH", path, "{}", 200})[i]
+				op := append(changes(path[len("/api/tasks/"):]), wish{"PATCH", path, "{}", 200})[i]
 				want := "412"
 				if tt.strong {
 					want = fmt.Sprint(op.want)
@@ -1838,7 +1838,7 @@ func TestMutatedBodies(t *testing.T) {
 	t.Parallel()
 	a := newAPI(t, Options{})
 	ops := operations(a.create(`{"title":"a"}`).ID)
-	ops = []operation{ops[0], ops[3], ops[4], ops[5]}
+	ops = []wish{ops[0], ops[3], ops[4], ops[5]}
 	bodies := []string{
 		`{"title":"a","description":"b","completed":true,"user_id":"alice"}`,
 		`{"title":"\ud83d\ude00\n\\","description":null,"completed":false,"id":[{"x":1e9}]}`,

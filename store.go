@@ -209,12 +209,6 @@ func (s *Store) fetchAll(ctx context.Context, ids []string) ([]Task, error) {
 	return s.query(ctx, selectTasks+" WHERE id = ANY ($1)", ids)
 }
 
-// Replace replaces what a client may say of a task.
-func (s *Store) Replace(ctx context.Context, t Target, r Replacement) (Task, error) {
-	return s.change(ctx, t, `UPDATE tasks SET title = $4, description = $5, completed = $6, `+step+target+returning,
-		r.Title, r.Description, r.Completed)
-}
-
 // Patch changes the members that the patch has. A patch without any changes nothing.
 func (s *Store) Patch(ctx context.Context, t Target, p Patch) (Task, error) {
 	if p == (Patch{}) {
@@ -226,9 +220,9 @@ func (s *Store) Patch(ctx context.Context, t Target, p Patch) (Task, error) {
 		p.Title, p.Description.Set, p.Description.Value, p.Completed)
 }
 
-// Complete sets whether a task is completed; nil turns it into the opposite.
-func (s *Store) Complete(ctx context.Context, t Target, completed *bool) (Task, error) {
-	return s.change(ctx, t, `UPDATE tasks SET completed = coalesce($4, NOT completed), `+step+target+returning, completed)
+// Flip turns whether a task is completed into the opposite.
+func (s *Store) Flip(ctx context.Context, t Target) (Task, error) {
+	return s.change(ctx, t, `UPDATE tasks SET completed = NOT completed, `+step+target+returning)
 }
 
 // Delete deletes a task.

@@ -6,6 +6,7 @@ package main
 
 import (
 	"bytes"
+	"cmp"
 	"crypto/rand"
 	"encoding/binary"
 	"encoding/hex"
@@ -127,14 +128,7 @@ type NewTask struct {
 	Completed   bool
 }
 
-// Replacement is what PUT says of a task: all of it.
-type Replacement struct {
-	Title       string
-	Description *string
-	Completed   bool
-}
-
-// Patch is what a JSON Merge Patch says of a task. The zero Patch changes nothing.
+// Patch is what a client wants to change of a task. The zero Patch changes nothing.
 type Patch struct {
 	Title       *string
 	Description Optional[string]
@@ -160,16 +154,7 @@ type Violation struct {
 	Header    string `json:"header,omitempty"`    // name of a header field
 }
 
-func (e InvalidError) Error() string {
-	var b strings.Builder
-	for i, v := range e {
-		if i > 0 {
-			b.WriteString("; ")
-		}
-		b.WriteString(v.Pointer + v.Parameter + v.Header + ": " + v.Detail)
-	}
-	return b.String()
-}
+func (e InvalidError) Error() string { return fmt.Sprintf("invalid: %v", []Violation(e)) }
 
 // MalformedError is the error of a body that is not one well-formed JSON text.
 // Its value says, to the client, what is wrong.
@@ -180,63 +165,44 @@ func (e MalformedError) Error() string { return string(e) }
 // DecodeNewTask decodes the body of a POST. Its error, like those of the other
 // Decode functions, is a [MalformedError] or an [InvalidError].
 func DecodeNewTask(body []byte) (NewTask, error) {
-	d, err := newDecoder(body)
-	if err != nil {
-		return NewTask{}, err
-	}
+	d := newDecoder(body)
 	t := NewTask{
 		UserID:      d.text("user_id", nullable, userIDViolations).Value,
-		Title:       deref(d.text("title", required, titleViolations).Value),
+		Title:       *cmp.Or(d.text("title", required, titleViolations).Value, new("")),
 		Description: d.text("description", nullable, descriptionViolations).Value,
-		Completed:   deref(d.boolean("completed", optional).Value),
+		Completed:   *cmp.Or(d.boolean("completed", optional), new(false)),
 	}
-	return t, d.end("id", "version", "created_at", "updated_at")
+	return t, d.end()
 }
 
-// DecodeReplacement decodes the body of a PUT.
-func DecodeReplacement(body []byte) (Replacement, error) {
-	d, err := newDecoder(body)
-	if err != nil {
-		return Replacement{}, err
+// DecodeReplacement decodes the body of a PUT: a patch of all that there is.
+func DecodeReplacement(body []byte) (Patch, error) {
+	d := newDecoder(body)
+	p := Patch{
+		Title:       d.text("title", required, titleViolations).Value,
+		Description: Optional[string]{true, d.text("description", nullable, descriptionViolations).Value},
+		Completed:   cmp.Or(d.boolean("completed", optional), new(false)),
 	}
-	r := Replacement{
-		Title:       deref(d.text("title", required, titleViolations).Value),
-		Description: d.text("description", nullable, descriptionViolations).Value,
-		Completed:   deref(d.boolean("completed", optional).Value),
-	}
-	return r, d.end("id", "user_id", "version", "created_at", "updated_at")
+	return p, d.end()
 }
 
 // DecodePatch decodes the body of a PATCH, a JSON Merge Patch (RFC 7396).
 func DecodePatch(body []byte) (Patch, error) {
-	d, err := newDecoder(body)
-	if err != nil {
-		return Patch{}, err
-	}
+	d := newDecoder(body)
 	p := Patch{
 		Title:       d.text("title", optional, titleViolations).Value,
 		Description: d.text("description", nullable, descriptionViolations),
-		Completed:   d.boolean("completed", optional).Value,
+		Completed:   d.boolean("completed", optional),
 	}
-	return p, d.end("id", "user_id", "version", "created_at", "updated_at")
+	return p, d.end()
 }
 
-// DecodeCompletion decodes the body of a PATCH of the completion: whether the
-// task is to be completed.
-func DecodeCompletion(body []byte) (bool, error) {
-	d, err := newDecoder(body)
-	if err != nil {
-		return false, err
-	}
-	completed := deref(d.boolean("completed", required).Value)
-	return completed, d.end("id", "user_id", "version", "created_at", "updated_at")
-}
-
-func deref[T any](p *T) (v T) {
-	if p != nil {
-		v = *p
-	}
-	return v
+// DecodeCompletion decodes the body of a PATCH of the completion: a patch of
+// that alone.
+func DecodeCompletion(body []byte) (Patch, error) {
+	d := newDecoder(body)
+	p := Patch{Completed: d.boolean("completed", required)}
+	return p, d.end()
 }
 
 // presence says whether a member must be there, and whether it may be null.
@@ -249,98 +215,73 @@ const (
 )
 
 // decoder takes the members of a JSON object one by one and collects every rule
-// that they break. It is stricter than encoding/json, which would accept names
-// in another case and keep the last of two members with the same name.
+// that they break.
 type decoder struct {
-	members    map[string][]byte // those not yet taken; the values are JSON texts
+	members    map[string]json.RawMessage // those not yet taken
 	violations InvalidError
+	err        error // the body is no object, or not even well-formed
 }
 
-// newDecoder returns a decoder of the object that body holds.
-func newDecoder(body []byte) (*decoder, error) {
-	if len(body) == 0 {
-		return nil, MalformedError("A body is required.")
+func newDecoder(body []byte) *decoder {
+	d := &decoder{err: checkForm(body)}
+	if d.err == nil && (json.Unmarshal(body, &d.members) != nil || d.members == nil) {
+		d.err = InvalidError{{Pointer: "#", Detail: "must be an object"}}
 	}
-	if !utf8.Valid(body) {
-		return nil, MalformedError("The body is not valid UTF-8.")
-	}
-	var text json.RawMessage
-	if err := json.Unmarshal(body, &text); err != nil {
-		return nil, MalformedError("The body is not valid JSON: " + err.Error() + ".")
-	}
-	members, err := scanText(text)
-	if err != nil {
-		return nil, err
-	}
-	if bytes.TrimLeft(text, space)[0] != '{' {
-		return nil, InvalidError{{Pointer: "#", Detail: "must be an object"}}
-	}
-	return &decoder{members: members}, nil
+	return d
 }
 
 // text takes a string and checks it by the given rules.
-func (d *decoder) text(name string, p presence, check func(string) []string) Optional[string] {
-	value, ok := d.take(name, p)
-	if !ok || value == nil {
-		return Optional[string]{Set: ok}
+func (d *decoder) text(name string, p presence, check func(string) []string) (s Optional[string]) {
+	s.Set = d.take(name, p, &s.Value, "must be a string")
+	if s.Set && s.Value != nil {
+		for _, detail := range check(*s.Value) {
+			d.violate(name, detail)
+		}
 	}
-	if value[0] != '"' {
-		d.violate(name, "must be a string")
-		return Optional[string]{}
-	}
-	s := unquote(value)
-	for _, detail := range check(s) {
-		d.violate(name, detail)
-	}
-	return Optional[string]{Set: true, Value: &s}
+	return s
 }
 
 // boolean takes true or false.
-func (d *decoder) boolean(name string, p presence) Optional[bool] {
-	value, ok := d.take(name, p)
-	if !ok {
-		return Optional[bool]{}
-	}
-	b := string(value) == "true"
-	if !b && string(value) != "false" {
-		d.violate(name, "must be true or false")
-	}
-	return Optional[bool]{Set: true, Value: &b}
+func (d *decoder) boolean(name string, p presence) (b *bool) {
+	d.take(name, p, &b, "must be true or false")
+	return b
 }
 
-// take removes a member and returns its value, nil for an allowed null. It
-// reports whether there is a value to look at.
-func (d *decoder) take(name string, p presence) (value []byte, ok bool) {
-	value, ok = d.members[name]
+// take moves a member into v, a pointer to a pointer, which null makes nil. It
+// reports whether there is a good one; rule is what it breaks if it is of
+// another type.
+func (d *decoder) take(name string, p presence, v any, rule string) bool {
+	value, ok := d.members[name]
 	delete(d.members, name)
 	switch {
 	case !ok && p == required:
 		d.violate(name, "is required")
-	case ok && string(value) == "null":
-		if p != nullable {
-			d.violate(name, "must not be null")
-		}
-		return nil, p == nullable
+	case ok && p != nullable && string(value) == "null":
+		d.violate(name, "must not be null")
+	case ok && json.Unmarshal(value, v) != nil:
+		d.violate(name, rule)
+	default:
+		return ok
 	}
-	return value, ok
+	return false
 }
 
 func (d *decoder) violate(name, detail string) {
 	d.violations = append(d.violations, Violation{Pointer: pointer(name), Detail: detail})
 }
 
-// end reports as unknown what was neither taken nor is ignored, and returns all
-// violations.
-func (d *decoder) end(ignored ...string) error {
+// end returns what is wrong with the body: its form, or else all violations, of
+// which a member that was not taken is one unless it is read-only.
+func (d *decoder) end() error {
 	for _, name := range slices.Sorted(maps.Keys(d.members)) {
-		if !slices.Contains(ignored, name) {
+		if !slices.Contains([]string{"id", "user_id", "version", "created_at", "updated_at"}, name) {
 			d.violate(name, "is not a member known here")
 		}
 	}
-	if d.violations == nil {
-		return nil
+	if d.err == nil && d.violations != nil {
+		return d.violations
 	}
-	return d.violations
+	return d.err
 }
 
 // pointer returns the JSON Pointer of a top-level member as a URI fragment.
@@ -382,77 +323,69 @@ func textViolations(s string, limit int) (violations []string) {
 	return violations
 }
 
-// scanText walks a valid JSON text in search of what encoding/json lets pass: a
-// name repeated within one object, at any depth, and half a surrogate pair. It
-// returns the members of the outermost object, if the text is one.
-func scanText(text []byte) (map[string][]byte, error) {
-	var (
-		members = make(map[string][]byte)
-		scopes  []map[string][]byte // the objects around text[i], outermost first; nil for an array
-		name    string              // of the outermost object's current member
-		start   int                 // of that member's value
-	)
-	for i := 0; i < len(text); i++ {
-		switch text[i] {
-		case '{':
-			scope := members
-			if len(scopes) > 0 {
-				scope = make(map[string][]byte)
-			}
-			scopes = append(scopes, scope)
-		case '[':
-			scopes = append(scopes, nil)
-		case ',', '}', ']':
-			if len(scopes) == 1 && start > 0 {
-				members[name] = bytes.Trim(text[start:i], space)
-				start = 0
-			}
-			if text[i] != ',' {
-				scopes = scopes[:len(scopes)-1]
-			}
-		case '"':
-			end, err := stringEnd(text, i)
-			if err != nil {
-				return nil, err
-			}
-			rest := bytes.TrimLeft(text[end:], space)
-			if len(rest) > 0 && rest[0] == ':' {
-				key, scope := unquote(text[i:end]), scopes[len(scopes)-1]
-				if _, ok := scope[key]; ok {
-					return nil, MalformedError(fmt.Sprintf("The body has the member %q twice.", key))
-				}
-				scope[key] = nil
-				if len(scopes) == 1 {
-					name, start = key, len(text)-len(rest)+1
-				}
-			}
-			i = end - 1
-		}
+// checkForm returns a [MalformedError] unless body is one well-formed JSON text.
+// It is stricter than encoding/json, which lets pass invalid UTF-8, half a
+// surrogate pair, and a name repeated within one object.
+func checkForm(body []byte) error {
+	if len(body) == 0 {
+		return MalformedError("A body is required.")
 	}
-	return members, nil
+	if !utf8.Valid(body) {
+		return MalformedError("The body is not valid UTF-8.")
+	}
+	if err := json.Unmarshal(body, new(json.RawMessage)); err != nil {
+		return MalformedError("The body is not valid JSON: " + err.Error() + ".")
+	}
+	if hasHalfPair(body) {
+		return MalformedError(`The body has a \u escape that is half of a surrogate pair.`)
+	}
+	tokens := json.NewDecoder(bytes.NewReader(body))
+	tokens.UseNumber() // no number is too large
+	return checkNames(tokens)
 }
 
-// space is JSON's white space (RFC 8259 §2).
-const space = " \t\r\n"
-
-// stringEnd returns the index behind the string that starts at text[i].
-func stringEnd(text []byte, i int) (int, error) {
-	for i++; text[i] != '"'; i++ {
-		if text[i] != '\\' {
-			continue
+// hasHalfPair reports whether a valid JSON text, which has backslashes in strings
+// only, has an escape that is half of a surrogate pair.
+func hasHalfPair(text []byte) bool {
+	for {
+		i := bytes.IndexByte(text, '\\')
+		if i < 0 {
+			return false
 		}
-		if i++; text[i] != 'u' {
-			continue
-		}
-		if r := escaped(text[i-1:]); utf16.IsSurrogate(r) {
-			if utf16.DecodeRune(r, escaped(text[i+5:])) == unicode.ReplacementChar {
-				return 0, MalformedError(`The body has a \u escape that is half of a surrogate pair.`)
+		r := escaped(text[i:])
+		text = text[i+len(`\n`):]
+		if utf16.IsSurrogate(r) {
+			text = text[len(`0000`):]
+			if utf16.DecodeRune(r, escaped(text)) == unicode.ReplacementChar {
+				return true
 			}
-			i += 6
+			text = text[len(`\u0000`):]
 		}
-		i += 4
 	}
-	return i + 1, nil
+}
+
+// checkNames reads one value of a valid JSON text. Its error is that an object
+// within has a name twice.
+func checkNames(tokens *json.Decoder) error {
+	begin, _ := tokens.Token()
+	if begin != json.Delim('{') && begin != json.Delim('[') {
+		return nil
+	}
+	names := map[json.Token]bool{}
+	for tokens.More() {
+		if begin == json.Delim('{') {
+			name, _ := tokens.Token()
+			if names[name] {
+				return MalformedError(fmt.Sprintf("The body has the member %q twice.", name))
+			}
+			names[name] = true
+		}
+		if err := checkNames(tokens); err != nil {
+			return err
+		}
+	}
+	tokens.Token() // the end of begin
+	return nil
 }
 
 // escaped returns the UTF-16 code unit of the \uXXXX that text begins with, or
@@ -463,16 +396,6 @@ func escaped(text []byte) rune {
 	}
 	n, _ := strconv.ParseUint(string(text[2:6]), 16, 16)
 	return rune(n)
-}
-
-// unquote returns the value of a JSON string that has passed scanText.
-func unquote(quoted []byte) string {
-	if bytes.IndexByte(quoted, '\\') < 0 {
-		return string(quoted[1 : len(quoted)-1])
-	}
-	var s string
-	json.Unmarshal(quoted, &s) // cannot fail on a valid string
-	return s
 }
 
 // parseID returns the canonical form of a UUID in the textual form of RFC 9562
@@ -497,13 +420,5 @@ func newID(t time.Time) string {
 	micros := uint64(t.UnixMicro())
 	binary.BigEndian.PutUint64(b[:8], micros/1000<<16|7<<12|micros%1000*4096/1000)
 	b[8] = b[8]&0x3f | 0x80 // RFC 9562's variant
-
-	var s [36]byte
-	hex.Encode(s[:8], b[:4])
-	hex.Encode(s[9:13], b[4:6])
-	hex.Encode(s[14:18], b[6:8])
-	hex.Encode(s[19:23], b[8:10])
-	hex.Encode(s[24:], b[10:])
-	s[8], s[13], s[18], s[23] = '-', '-', '-', '-'
-	return string(s[:])
+	return fmt.Sprintf("%x-%x-%x-%x-%x", b[:4], b[4:6], b[6:8], b[8:10], b[10:])
 }
