@@ -153,7 +153,7 @@ func (h *Handler) createTask(ctx context.Context, w http.ResponseWriter, r *requ
 	}
 	key, violations := idempotencyKey(r.Header)
 	invalid = append(invalid, violations...)
-	if r.owner != nil && n.UserID != nil && *n.UserID != *r.owner {
+	if r.Owner != nil && n.UserID != nil && *n.UserID != *r.Owner {
 		if r.verified {
 			return refuse(http.StatusForbidden, "The user_id of the body is not the user of the request.")
 		}
@@ -162,7 +162,7 @@ func (h *Handler) createTask(ctx context.Context, w http.ResponseWriter, r *requ
 	if len(invalid) > 0 {
 		return invalid
 	}
-	n.UserID = cmp.Or(r.owner, n.UserID)
+	n.UserID = cmp.Or(r.Owner, n.UserID)
 	t, replayed, err := h.store.Create(ctx, n, key)
 	if err != nil {
 		return err
@@ -175,24 +175,19 @@ func (h *Handler) createTask(ctx context.Context, w http.ResponseWriter, r *requ
 }
 
 func (h *Handler) listTasks(ctx context.Context, w http.ResponseWriter, r *request) error {
-	f := r.filter
-	f.Owner = r.owner
-	page, more, err := h.store.List(ctx, f)
+	page, more, err := h.store.List(ctx, r.Filter)
 	if err != nil {
 		return err
 	}
 	if more {
-		// Without the empty pairs, which net/url counts and gives up at 10,000.
-		pairs := strings.FieldsFunc(r.URL.RawQuery, func(c rune) bool { return c == '&' })
-		next, _ := url.ParseQuery(strings.Join(pairs, "&"))
-		next.Set("after", page[len(page)-1].ID)
-		w.Header().Set("Link", "</api/tasks?"+next.Encode()+`>; rel="next"`)
+		r.query.Set("after", page[len(page)-1].ID)
+		w.Header().Set("Link", "</api/tasks?"+r.query.Encode()+`>; rel="next"`)
 	}
 	return writeTasks(w, page)
 }
 
 func (h *Handler) getTask(ctx context.Context, w http.ResponseWriter, r *request) error {
-	t, err := h.store.Get(ctx, Target{ID: r.id, Owner: r.owner})
+	t, err := h.store.Get(ctx, Target{ID: r.id, Owner: r.Owner})
 	if err != nil || noneMatch(r.Header, t.Version) {
 		return writeTask(w, http.StatusOK, t, err)
 	}
@@ -244,8 +239,7 @@ func (h *Handler) ready(w http.ResponseWriter, r *http.Request) error {
 	if err := h.store.Ping(ctx); err != nil {
 		return err
 	}
-	w.Header().Set("Cache-Control", "no-store")
-	return write(w, http.StatusOK, mediaTypeJSON, []byte(`{"status":"ok"}`+"\n"))
+	return h.health(w, r)
 }
 
 func (h *Handler) openAPI(w http.ResponseWriter, r *http.Request) error {
@@ -287,16 +281,16 @@ func (h *Handler) root(w http.ResponseWriter, r *http.Request) error {
 // its body says.
 type request struct {
 	*http.Request
-	owner    *string // whose tasks the request is about; nil: everybody's
-	verified bool    // owner comes from [ContextWithUser]
-	filter   Filter
+	Filter              // what the query says; its Owner is whose tasks any request is about
+	query    url.Values // the same as it was sent
+	verified bool       // Owner comes from [ContextWithUser]
 	id       string
 	body     []byte
 }
 
 // target is the task that a request wants to change, if it has the right version.
 func (r *request) target() Target {
-	return Target{ID: r.id, Owner: r.owner, Versions: matchVersions(r.Header)}
+	return Target{ID: r.id, Owner: r.Owner, Versions: matchVersions(r.Header)}
 }
 
 // operation is what is done for a request on tasks, and how it is answered.
@@ -327,8 +321,11 @@ func (h *Handler) tasks(do operation, params, accepts []string) endpoint {
 		if err := r.readQuery(params); err != nil {
 			return err
 		}
-		if err := r.readID(); err != nil {
-			return err
+		if s := r.PathValue("id"); s != "" {
+			var ok bool
+			if r.id, ok = parseID(s); !ok {
+				return refuse(http.StatusNotFound, "There is no such task: %q is not a UUID.", s)
+			}
 		}
 		if len(r.body) > 0 || bodyErr != nil {
 			if err := checkMediaType(w, req, accepts); err != nil {
@@ -375,16 +372,16 @@ func (h *Handler) readBody(w http.ResponseWriter, r *http.Request) ([]byte, erro
 
 // readQuery reads the query and decides whose tasks the request is about.
 func (r *request) readQuery(known []string) error {
-	filter, violations := parseQuery(r.URL.RawQuery, known)
-	r.filter, r.owner = filter, filter.Owner
+	var violations InvalidError
+	r.Filter, r.query, violations = parseQuery(r.URL.RawQuery, known)
 	if user, ok := r.Context().Value(userKey{}).(string); ok {
 		if !utf8.ValidString(user) || userIDViolations(user) != nil {
 			return refuse(http.StatusForbidden, "The user of the request cannot own tasks.")
 		}
-		if r.owner != nil && *r.owner != user {
+		if r.Owner != nil && *r.Owner != user {
 			return refuse(http.StatusForbidden, "The user_id of the query is not the user of the request.")
 		}
-		r.owner, r.verified = &user, true
+		r.Owner, r.verified = &user, true
 	}
 	if len(violations) > 0 {
 		return violations
@@ -392,26 +389,10 @@ func (r *request) readQuery(known []string) error {
 	return nil
 }
 
-// readID reads the id in the path, if there is one.
-func (r *request) readID() error {
-	s := r.PathValue("id")
-	if s == "" {
-		return nil
-	}
-	id, ok := parseID(s)
-	if !ok {
-		return refuse(http.StatusNotFound, "There is no such task: %q is not a UUID.", s)
-	}
-	r.id = id
-	return nil
-}
-
 // parseQuery reads the query parameters of a request on tasks. None is ignored:
 // if a misspelt user_id were, the request would be about everybody's tasks.
-func parseQuery(query string, known []string) (Filter, InvalidError) {
-	f := Filter{Limit: defaultLimit}
-	var violations InvalidError
-	var seen []string
+func parseQuery(query string, known []string) (f Filter, values url.Values, violations InvalidError) {
+	f.Limit, values = defaultLimit, url.Values{}
 	for pair := range strings.SplitSeq(query, "&") {
 		if pair == "" {
 			continue
@@ -425,17 +406,17 @@ func parseQuery(query string, known []string) (Filter, InvalidError) {
 			detail = "is malformed" // a semicolon must be encoded: some take it for a separator
 		case !slices.Contains(known, name):
 			detail = "is not a parameter known here"
-		case slices.Contains(seen, name):
+		case values.Has(name):
 			detail = "is repeated"
 		default:
-			seen = append(seen, name)
+			values.Set(name, value)
 			detail = f.set(name, value)
 		}
 		if detail != "" {
 			violations = append(violations, Violation{Parameter: cmp.Or(name, pair), Detail: detail})
 		}
 	}
-	return f, violations
+	return f, values, violations
 }
 
 // set sets the field of a query parameter, or says what is wrong with its value.
@@ -610,9 +591,8 @@ func (h *Handler) unmatched(w *response, r *http.Request) error {
 		header.Set("Access-Control-Allow-Methods", allow)
 		header.Set("Access-Control-Allow-Headers", "Content-Type, If-Match, If-None-Match, Idempotency-Key, X-Request-ID")
 		header.Set("Access-Control-Max-Age", corsMaxAge)
-		for _, name := range []string{"Allow", "Content-Type"} {
-			header.Del(name)
-		}
+		header.Del("Allow")
+		header.Del("Content-Type")
 		w.WriteHeader(http.StatusNoContent)
 		return nil
 	}

@@ -357,7 +357,7 @@ func FuzzParseQuery(f *testing.F) {
 	}
 	known := []string{"user_id", "completed", "sort", "limit", "after"}
 	f.Fuzz(func(t *testing.T, query string) {
-		filter, violations := parseQuery(query, known)
+		filter, sent, violations := parseQuery(query, known)
 		values, err := url.ParseQuery(query)
 		valid := err == nil
 		for name, all := range values {
@@ -401,8 +401,8 @@ func FuzzParseQuery(f *testing.F) {
 		if values.Has("limit") {
 			fmt.Sscanf(values.Get("limit"), "%d", &want.Limit)
 		}
-		if !reflect.DeepEqual(filter, want) {
-			t.Errorf("got %+v, want %+v", filter, want)
+		if !reflect.DeepEqual(filter, want) || !maps.EqualFunc(sent, values, slices.Equal) {
+			t.Errorf("got %+v of %v, want %+v of %v", filter, sent, want, values)
 		}
 	})
 }
