@@ -1174,6 +1174,7 @@ func TestFaultClientGone(t *testing.T) {
 		"without a body": "PATCH /api/tasks/" + id + "/complete HTTP/1.1\r\nHost: x\r\n\r\n",
 		"with a body": "PUT /api/tasks/" + id + " HTTP/1.1\r\nHost: x\r\n" +
 			"Content-Type: application/json\r\nContent-Length: 14\r\n\r\n{\"title\": \"x\"}",
+		"with a body that means nothing": "DELETE /api/tasks/" + id + " HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\n{}",
 	} {
 		unlock := lockTasks(t, a.dbURL, lockRow, id)
 		executing := a.sendRaw(request)

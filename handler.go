@@ -307,10 +307,12 @@ func (h *Handler) tasks(do operation, params, accepts []string) endpoint {
 		ctx, cancel := context.WithTimeout(req.Context(), h.opts.RequestTimeout/10*9)
 		defer cancel()
 		r := &request{Request: req}
+		// First of all, so that slow senders occupy no slot. A body that means
+		// nothing is read too: before its end net/http does not see a client go.
 		var bodyErr error
-		if accepts != nil {
-			// First of all, so that slow senders occupy no slot.
-			r.body, bodyErr = h.readBody(w, req)
+		r.body, bodyErr = h.readBody(w, req)
+		if accepts == nil {
+			r.body, bodyErr = nil, nil
 		}
 		select {
 		case h.slots <- struct{}{}:
@@ -344,24 +346,22 @@ func (h *Handler) readBody(w http.ResponseWriter, r *http.Request) ([]byte, erro
 	if r.ContentLength == 0 {
 		return nil, nil
 	}
-	tooLarge := func() error {
-		return refuse(http.StatusRequestEntityTooLarge, "The body is larger than %d bytes.", maxBody)
-	}
-	if r.ContentLength > maxBody {
-		return nil, tooLarge()
-	}
 	// Where deadlines are not supported, those of the server must do.
 	rc := http.NewResponseController(w)
 	timeout := h.opts.RequestTimeout / 10 * 8 // leaves the database some
 	rc.SetReadDeadline(time.Now().Add(timeout))
-	body, err := io.ReadAll(io.LimitReader(r.Body, maxBody+1))
+	var body []byte
+	var err error
+	if r.ContentLength <= maxBody {
+		body, err = io.ReadAll(io.LimitReader(r.Body, maxBody+1))
+	}
 	switch {
+	case r.ContentLength > maxBody || len(body) > maxBody:
+		return nil, refuse(http.StatusRequestEntityTooLarge, "The body is larger than %d bytes.", maxBody)
 	case errors.Is(err, os.ErrDeadlineExceeded):
 		return nil, refuse(http.StatusRequestTimeout, "The body did not arrive within %v.", timeout)
 	case err != nil:
 		return nil, MalformedError("The body broke off: " + err.Error() + ".")
-	case len(body) > maxBody:
-		return nil, tooLarge()
 	}
 	// A deadline that passes while the request is served would end the
 	// connection's context, and so each later request on it.
@@ -402,8 +402,10 @@ func parseQuery(query string, known []string) (f Filter, values url.Values, viol
 		value, valueErr := url.QueryUnescape(value)
 		detail := ""
 		switch {
-		case nameErr != nil || valueErr != nil || !utf8.ValidString(value) || strings.Contains(pair, ";"):
-			detail = "is malformed" // a semicolon must be encoded: some take it for a separator
+		case strings.Contains(pair, ";"): // which some take for a separator
+			detail = "must have each semicolon encoded, as %3B"
+		case nameErr != nil || valueErr != nil || !utf8.ValidString(value):
+			detail = "is malformed"
 		case !slices.Contains(known, name):
 			detail = "is not a parameter known here"
 		case values.Has(name):
@@ -629,6 +631,9 @@ func requestID(r *http.Request) string {
 // log writes the line of a request, with the cause of what is not the client's fault.
 func (h *Handler) log(r *http.Request, w *response, elapsed time.Duration) {
 	level := slog.LevelInfo
+	if r.Method == http.MethodHead {
+		w.bytes = 0 // net/http sends none
+	}
 	attrs := []slog.Attr{
 		slog.String("method", r.Method),
 		slog.String("route", w.route),
@@ -666,8 +671,11 @@ type response struct {
 func (w *response) WriteHeader(status int) {
 	if w.route != "" {
 		if w.unread {
-			// net/http would wait for the rest without a limit of ours.
+			// net/http would wait for the rest without a limit of ours. When the
+			// client has asked for the end of the connection, it would end it in
+			// a way that may cost the client the answer, except after this.
 			w.Header().Set("Connection", "close")
+			io.Copy(io.Discard, http.MaxBytesReader(w.ResponseWriter, io.NopCloser(strings.NewReader("too much")), 0))
 		}
 		w.status = status
 		w.ResponseWriter.WriteHeader(status)
@@ -727,7 +735,7 @@ func problemOf(err error) *problem {
 		p.Errors = InvalidError{{Header: "Idempotency-Key", Detail: "was used before with other content"}}
 		return p
 	case errors.Is(err, ErrUnavailable):
-		return refuse(http.StatusServiceUnavailable, "The database did not answer; a write may have been applied, or may still be, once.")
+		return refuse(http.StatusServiceUnavailable, "The database did not answer; a change that was asked for may have been made, or may still be, once.")
 	}
 	return refuse(http.StatusInternalServerError, "The service failed; the cause is in its log under this request_id.")
 }

@@ -1941,6 +1941,28 @@ func TestBodySize(t *testing.T) {
 	}
 }
 
+// Who sends the whole of a body before reading the answer gets it, be it about
+// something else and the end of the connection asked for.
+func TestAnswerBeforeBody(t *testing.T) {
+	t.Parallel()
+	a := newAPI(t, Options{})
+	for _, tt := range []struct{ method, path, want string }{
+		{"POST", "/api/tasks", "413"}, {"POST", "/nope", "404"}, {"PUT", "/healthz", "405"},
+	} {
+		for range 20 {
+			c := a.dial()
+			c.send(tt.method + " " + tt.path + " HTTP/1.1\r\nHost: h\r\nConnection: close\r\nContent-Type: application/json\r\nContent-Length: 1000000\r\n\r\n")
+			if _, err := io.WriteString(c, strings.Repeat(" ", 1_000_000)); err != nil {
+				t.Errorf("%s %s: %v", tt.method, tt.path, err)
+				continue
+			}
+			if got := a.outcome(c.answer(tt.method)); got != tt.want {
+				t.Errorf("%s %s: %s, want %s", tt.method, tt.path, got, tt.want)
+			}
+		}
+	}
+}
+
 // A body that does not come is answered, and occupies no slot meanwhile.
 func TestSlowBody(t *testing.T) {
 	t.Parallel()
@@ -2592,6 +2614,7 @@ func TestLog(t *testing.T) {
 		{"GET", "/" + secret, "", "unmatched", "404"},
 		{"GET", "/", "", "/{$}", "307"},
 		{"GET", "/healthz", "", "/healthz", "200"},
+		{"HEAD", "/healthz", "", "/healthz", "200"},
 	} {
 		got := a.do(tt.method, tt.path, tt.body, "X-Request-ID", fmt.Sprintf("r%d", i+1))
 		line := regexp.MustCompile(fmt.Sprintf(`(?m)^time=\S+ level=INFO msg=request method=%s route=%s status=%s duration=[0-9.]+(µs|ms|s) bytes=%d request_id=r%d$`,
@@ -2603,7 +2626,7 @@ func TestLog(t *testing.T) {
 		}()
 	}
 	a.server.Close() // waits for the log
-	if log := a.log.String(); strings.Count(log, "\n") != 12 || strings.Contains(log, secret) {
+	if log := a.log.String(); strings.Count(log, "\n") != 13 || strings.Contains(log, secret) {
 		t.Errorf("logged:\n%s", log)
 	}
 }

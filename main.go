@@ -25,9 +25,9 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
-	"net/url"
 	"os"
 	"os/signal"
+	"regexp"
 	"runtime/debug"
 	"strconv"
 	"strings"
@@ -219,16 +219,23 @@ func (e *environment) origins() []string {
 	var origins []string
 	for origin := range strings.SplitSeq(e.getenv(name), ",") {
 		origin = strings.TrimSpace(origin)
-		u, err := url.Parse(origin)
 		switch {
 		case origin == "":
 			continue
-		case origin != "*" && (err != nil || u.Host == "" || u.Scheme+"://"+u.Host != origin):
-			e.invalid(name, "* or a list of origins such as https://example.com, separated by commas")
+		case origin != "*" && !isOrigin(origin):
+			e.invalid(name, "* or a list of origins such as https://example.com, as browsers send them, separated by commas")
 		}
 		origins = append(origins, origin)
 	}
 	return origins
+}
+
+// isOrigin reports whether s is an origin as browsers send it (RFC 6454 §6.2):
+// all in lower case, in ASCII, and without the scheme's own port.
+func isOrigin(s string) bool {
+	form := regexp.MustCompile(`^([a-z][a-z0-9+.-]*)://([a-z0-9._-]+|\[[0-9a-f:.]+\])(:[1-9][0-9]{0,4})?$`)
+	m := form.FindStringSubmatch(s)
+	return m != nil && m[1]+m[3] != "http:80" && m[1]+m[3] != "https:443"
 }
 
 func (e *environment) logHandler(w io.Writer) slog.Handler {

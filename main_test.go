@@ -322,7 +322,7 @@ func TestInvalidSettings(t *testing.T) {
 		"REQUEST_TIMEOUT":  duration + " 51s",
 		"MAX_IN_FLIGHT":    number + " 1000001",
 		"SHUTDOWN_TIMEOUT": duration + " 61m",
-		"CORS_ORIGINS":     "example.com https://example.com/ https://example.com/a https://u@example.com null https://a.example,b.example http:// *.example.com",
+		"CORS_ORIGINS":     "example.com https://example.com/ https://example.com/a https://u@example.com null https://a.example,b.example http:// *.example.com https://*.example.com https://Example.com https://example.com:443 http://example.com:80 https://example.com: https://example.com:0 https://bücher.example",
 		"LOG_LEVEL":        "x 1 warning",
 		"LOG_FORMAT":       "x JSON",
 	} {
@@ -354,7 +354,7 @@ func TestValidSettings(t *testing.T) {
 		{"PORT and an empty ADDR", settings{"ADDR": "", "PORT": "81"}, ":81", "http://localhost:81"},
 		{"both empty", settings{"ADDR": "", "PORT": ""}, "localhost:8080", "http://localhost:8080"},
 		{"one origin", settings{"CORS_ORIGINS": "https://example.com"}, "localhost:8080", "http://localhost:8080"},
-		{"origins", settings{"CORS_ORIGINS": " https://example.com, http://localhost:3000,"}, "localhost:8080", "http://localhost:8080"},
+		{"origins", settings{"CORS_ORIGINS": " https://example.com, http://localhost:3000,http://[::1]:443, chrome-extension://abc,https://xn--bcher-kva.example:8443,"}, "localhost:8080", "http://localhost:8080"},
 	} {
 		cfg, err := configure(test.env.get, io.Discard)
 		if err != nil || cfg.addr != test.addr || serviceURL(cfg.addr) != test.url {

@@ -171,11 +171,14 @@ func transient(err error) bool {
 		return state == "55P03" // lock_not_available
 	}
 	if _, ok := errors.AsType[*connectError](err); ok {
-		// A broken connection or a standby may pass, but not what lib/pq or
-		// crypto/x509 objects to.
-		_, noFile := errors.AsType[*fs.PathError](err) // wraps what is a net.Error
-		return !noFile && (lost(err) || errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) ||
-			strings.Contains(err.Error(), "standby") || strings.Contains(err.Error(), "read-only"))
+		// A broken connection or a standby may pass, but not what lib/pq,
+		// crypto/x509 or the other side of crypto/tls objects to. A missing file
+		// and an alert of TLS look like a broken connection.
+		_, noFile := errors.AsType[*fs.PathError](err)
+		op, ok := errors.AsType[*net.OpError](err)
+		alert := ok && op.Op == "remote error"
+		return !noFile && !alert && (lost(err) || errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) ||
+			strings.Contains(err.Error(), "hot standby mode") || strings.Contains(err.Error(), "session is "))
 	}
 	return lost(err) || errors.Is(err, errUnknownOutcome)
 }
