@@ -245,11 +245,14 @@ func (db *localDB) start(ctx context.Context, sockets string) error {
 		return err
 	}
 	log := filepath.Join(db.dir, "server.log")
-	before, _ := os.ReadFile(log)
+	info, err := os.Stat(log)
+	if err != nil {
+		return err
+	}
 	opts := append([]string{"", "listen_addresses=", "port=5432", "unix_socket_directories=" + sockets, "unix_socket_permissions=0700"}, db.opts...)
 	if err := db.run(ctx, db.bin+"/pg_ctl", "start", "-w", "-D", "data", "-l", "server.log", "-o", strings.Join(opts, " -c ")); err != nil {
-		after, _ := os.ReadFile(log)
-		return fmt.Errorf("starting it: %w\n%s", err, bytes.TrimPrefix(after, before))
+		said, _ := os.ReadFile(log)
+		return fmt.Errorf("starting it: %w\n%s", err, said[min(info.Size(), int64(len(said))):])
 	}
 	return nil
 }

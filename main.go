@@ -38,15 +38,11 @@ import (
 
 // Limits that nobody has to set.
 const (
-	maxHeader         = 64 << 10    // bytes; a 422 is up to 30 times as long as the query it is about
 	startTimeout      = time.Minute // for a database that may yet come
 	retryInterval     = time.Second
 	drainTime         = 100 * time.Millisecond
 	healthTimeout     = 2 * time.Second
-	readHeaderTimeout = 10 * time.Second
-	readTimeout       = time.Minute      // of a whole request
-	writeTimeout      = 50 * time.Second // from the request's headers to the end of the answer
-	idleTimeout       = 2 * time.Minute
+	writeTimeout      = 50 * time.Second // from a request's headers to the end of the answer
 	maxRequestTimeout = 45 * time.Second // leaves time to read the answer
 	localDir          = ".postgres"
 )
@@ -200,16 +196,13 @@ func (e *environment) boolean(name string) bool {
 }
 
 func (e *environment) addr() string {
+	name, want, addr := "ADDR", "host:port or :port", cmp.Or(e.getenv("ADDR"), "localhost:8080")
 	if port := e.getenv("PORT"); e.getenv("ADDR") == "" && port != "" {
-		if _, err := strconv.ParseUint(port, 10, 16); err != nil {
-			e.invalid("PORT", "a port number")
-		}
-		return ":" + port
+		name, want, addr = "PORT", "a port number", ":"+port
 	}
-	addr := cmp.Or(e.getenv("ADDR"), "localhost:8080")
 	_, port, err := net.SplitHostPort(addr)
 	if _, portErr := strconv.ParseUint(port, 10, 16); err != nil || portErr != nil {
-		e.invalid("ADDR", "host:port or :port")
+		e.invalid(name, want)
 	}
 	return addr
 }
@@ -309,6 +302,7 @@ func serve(ctx context.Context, cfg config) (err error) {
 	handler := NewHandler(store, cfg.options)
 	tracked := &tracker{handler: handler, inFlight: new(sync.WaitGroup)}
 	server := newHTTPServer(tracked, log)
+	server.ConnState = tracked.connState
 	served := make(chan error, 1)
 	go func() { served <- server.Serve(listener) }()
 	_, port, _ := net.SplitHostPort(listener.Addr().String()) // ADDR's may be 0
@@ -340,12 +334,12 @@ func unsetLibpq() {
 func newHTTPServer(handler http.Handler, log *slog.Logger) *http.Server {
 	return &http.Server{
 		Handler:                      handler,
-		DisableGeneralOptionsHandler: true, // the handler answers OPTIONS *
-		MaxHeaderBytes:               maxHeader,
-		ReadHeaderTimeout:            readHeaderTimeout,
-		ReadTimeout:                  readTimeout,
+		DisableGeneralOptionsHandler: true,     // the handler answers OPTIONS *
+		MaxHeaderBytes:               64 << 10, // a 422 is up to 30 times as long as the query it is about
+		ReadHeaderTimeout:            10 * time.Second,
+		ReadTimeout:                  time.Minute, // of a whole request
 		WriteTimeout:                 writeTimeout,
-		IdleTimeout:                  idleTimeout,
+		IdleTimeout:                  2 * time.Minute,
 		ErrorLog:                     slog.NewLogLogger(log.Handler(), slog.LevelWarn),
 	}
 }
@@ -397,6 +391,9 @@ func stop(server *http.Server, listener net.Listener, served <-chan error, t *tr
 		t.mu.Unlock()
 		time.Sleep(drainTime)
 	}
+	for c := range t.silent.Range { // for which Shutdown would wait
+		c.(net.Conn).Close()
+	}
 	if err := server.Shutdown(ctx); err != nil {
 		server.Close()
 		return fmt.Errorf("requests were still in flight after %v: %w", timeout, err)
@@ -410,6 +407,7 @@ type tracker struct {
 	mu       sync.RWMutex // held for writing, it keeps new requests waiting
 	leaving  bool         // each answer is the last on its connection
 	inFlight *sync.WaitGroup
+	silent   sync.Map // connections on which no request has come yet, as keys
 }
 
 func (t *tracker) ServeHTTP(w http.ResponseWriter, r *http.Request) {
@@ -422,6 +420,14 @@ func (t *tracker) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	t.mu.RUnlock()
 	defer inFlight.Done()
 	t.handler.ServeHTTP(w, r)
+}
+
+func (t *tracker) connState(c net.Conn, state http.ConnState) {
+	if state == http.StateNew {
+		t.silent.Store(c, nil)
+	} else {
+		t.silent.Delete(c)
+	}
 }
 
 // answered returns a channel that is closed when the requests that are in flight

@@ -648,6 +648,21 @@ func TestStopWaits(t *testing.T) {
 	}
 }
 
+// A connection on which nothing comes, as browsers open them ahead, does not
+// keep a stop waiting.
+func TestStopSilentConnection(t *testing.T) {
+	t.Parallel()
+	p := start(t, t.TempDir(), settings{"DATABASE_URL": newDatabase(t), "SHUTDOWN_TIMEOUT": "3s"})
+	conn, err := net.Dial("tcp", p.addr())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	p.post("by another") // which has come later, so the first has been accepted
+	p.signal(syscall.SIGTERM)
+	p.exit(0)
+}
+
 func TestStopTakesTooLong(t *testing.T) {
 	t.Parallel()
 	p := start(t, t.TempDir(), settings{"DATABASE_URL": newDatabase(t), "SHUTDOWN_TIMEOUT": "200ms", "REQUEST_TIMEOUT": "45s"})

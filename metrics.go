@@ -2,7 +2,6 @@ package main
 
 import (
 	"bytes"
-	"cmp"
 	"database/sql"
 	"fmt"
 	"io/fs"
@@ -51,15 +50,15 @@ func bounds() [buckets]float64 {
 }
 
 // observe counts a request that took d to be answered with status. The route is
-// the pattern that it matched, never its path; empty means none. Methods unknown
-// to HTTP count as one. Nothing is locked or allocated but for a new series.
+// the pattern that it matched, never its path. Methods unknown to HTTP count as
+// one. Nothing is locked or allocated but for a new series.
 func (m *metrics) observe(route, method string, status int, d time.Duration) {
 	switch method {
 	case "GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "CONNECT", "OPTIONS", "TRACE":
 	default:
 		method = "other"
 	}
-	key := labels{cmp.Or(route, "unmatched"), method, status}
+	key := labels{route, method, status}
 	v, ok := m.series.Load(key)
 	if !ok {
 		key.method = strings.Clone(method) // net/http's is part of the request line and would keep it alive

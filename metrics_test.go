@@ -50,7 +50,7 @@ func TestMetricsConcurrent(t *testing.T) {
 		served.Go(func() {
 			for i := range rounds {
 				m.inFlight.Add(1)
-				m.observe([]string{"/api/tasks", "/api/tasks/{id}", ""}[i%3], "GET", 200, d)
+				m.observe([]string{"/api/tasks", "/api/tasks/{id}", noRoute}[i%3], "GET", 200, d)
 				m.observe("/api/tasks", "POST", []int{201, 422}[i%2], d)
 				m.inFlight.Add(-1)
 			}
@@ -180,10 +180,10 @@ func TestMetricsLabelSet(t *testing.T) {
 		m.observe("/", method, 200, 0)
 	}
 	for i := range 10_000 {
-		m.observe("", fmt.Sprintf("M%d", i), 404, 0)
+		m.observe(noRoute, fmt.Sprintf("M%d", i), 404, 0)
 	}
-	m.observe("", "", 404, 0)
-	m.observe("", "get", 404, 0)
+	m.observe(noRoute, "", 404, 0)
+	m.observe(noRoute, "get", 404, 0)
 
 	got := parseMetrics(t, m.appendTo(nil, sql.DBStats{}))
 	n := 0
