@@ -764,7 +764,7 @@ func writeTask(w http.ResponseWriter, status int, t Task, err error) error {
 // writeTasks writes a page of tasks.
 func writeTasks(w http.ResponseWriter, page []Task) error {
 	w.Header().Set("Cache-Control", "no-cache")
-	body := appendTasks(make([]byte, 0, 2+512*len(page)), page)
+	body := appendTasks(make([]byte, 0, 2+320*len(page)), page)
 	return write(w, http.StatusOK, mediaTypeJSON, append(body, '\n'))
 }
 

@@ -28,7 +28,6 @@ import (
 	"os"
 	"os/signal"
 	"regexp"
-	"runtime/debug"
 	"strconv"
 	"strings"
 	"sync"
@@ -56,9 +55,6 @@ func main() {
 		signal.Stop(signals) // so that a second one ends it at once
 		cancel()
 	}()
-	if os.Getenv("GOGC") == "" {
-		debug.SetGCPercent(200) // the heap is small: lists cost a tenth less of the processor for it
-	}
 	err := run(ctx, os.Args[1:], os.Getenv, os.Stdout)
 	if err == nil {
 		return

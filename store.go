@@ -275,12 +275,12 @@ func (s *Store) query(ctx context.Context, statement string, args ...any) (tasks
 	defer rows.Close()
 	tasks = make([]Task, 0, 16)
 	for rows.Next() {
-		var t Task
+		tasks = append(tasks, Task{})
+		t := &tasks[len(tasks)-1]
 		if err := rows.Scan(&t.ID, &t.UserID, &t.Title, &t.Description, &t.Completed, &t.Version, &t.CreatedAt, &t.UpdatedAt); err != nil {
 			return nil, err
 		}
 		t.CreatedAt, t.UpdatedAt = t.CreatedAt.UTC(), t.UpdatedAt.UTC()
-		tasks = append(tasks, t)
 	}
 	// The rows may have come before the end of the transaction did, and
 	// database/sql does not report what becomes of a statement whose context
