@@ -215,8 +215,7 @@ func (c connector) Connect(ctx context.Context) (driver.Conn, error) {
 	cn := &conn{pqConn: dc.(pqConn), wire: w}
 	if c.prepare {
 		cn.prepared = make(map[string]driver.StmtQueryContext)
-		// PostgreSQL would plan most statements anew all the same, because it
-		// expects a plan for the given values to be better.
+		// One plan serves all values, which PostgreSQL does not expect.
 		if _, err := cn.ExecContext(ctx, "SET plan_cache_mode = force_generic_plan", nil); err != nil {
 			cn.Close()
 			return nil, &connectError{err}

@@ -164,9 +164,10 @@ func digest(n NewTask) []byte {
 // A page is one range of the index whose columns are what is filtered by, and
 // id. It is put so that PostgreSQL reads nothing else. With = for the filters it
 // would expect tasks that match to be spread evenly, and might walk the primary
-// key past millions that do not. With a limit that it can see it would read and
-// sort all that follows wherever it takes that for little more than a page, and
-// of a row comparison it knows the first column only.
+// key past millions that do not. And of a row comparison it looks at the first
+// column only: where few tasks are of users behind this one, it would take what
+// follows for few, and read and sort all of it. Hence a subquery, whose value it
+// does not look at.
 func (s *Store) List(ctx context.Context, f Filter) (page []Task, more bool, err error) {
 	beyond, until, order, start := ">", "<=", "", "00000000-0000-0000-0000-000000000000"
 	if f.Descending {
@@ -174,19 +175,20 @@ func (s *Store) List(ctx context.Context, f Filter) (page []Task, more bool, err
 	}
 	var keys, values []string // what is filtered by
 	args := []any{f.Limit + 1, cmp.Or(f.After, start)}
-	if f.Owner != nil {
-		keys, values, args = append(keys, "user_id"), append(values, "$3"), append(args, *f.Owner)
-	}
 	if f.Completed != nil {
 		keys, values = append(keys, "completed"), append(values, strconv.FormatBool(*f.Completed))
+	}
+	if f.Owner != nil {
+		keys, values, args = append(keys, "user_id"), append(values, "$3::text"), append(args, *f.Owner)
 	}
 	query := selectTasks + " WHERE "
 	if len(keys) > 0 {
 		query += "(" + strings.Join(keys, ", ") + ") " + until + " (" + strings.Join(values, ", ") + ") AND "
 	}
-	keys, values = append(keys, "id"), append(values, "$2")
+	keys, values = append(keys, "id"), append(values, "$2::uuid")
+	values[0] = "(SELECT " + values[0] + ")"
 	query += "(" + strings.Join(keys, ", ") + ") " + beyond + " (" + strings.Join(values, ", ") + ")" +
-		" ORDER BY " + strings.Join(keys, order+", ") + order + " LIMIT (SELECT $1::bigint)"
+		" ORDER BY " + strings.Join(keys, order+", ") + order + " LIMIT $1"
 	page, err = s.query(ctx, query, args...)
 	if len(page) > f.Limit {
 		return page[:f.Limit], true, err
