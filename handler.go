@@ -296,10 +296,10 @@ func (r *request) target() Target {
 // operation is what is done for a request on tasks, and how it is answered.
 type operation func(ctx context.Context, w http.ResponseWriter, r *request) error
 
-// tasks makes an operation an endpoint, by doing what comes before all
-// of them, in the order in which errors take precedence. params are the query
-// parameters that the operation knows; accepts are the media types of its body,
-// none if it has no body.
+// tasks makes an operation an endpoint, by doing what comes before all of them,
+// in the order in which errors take precedence. params are the query parameters
+// that the operation knows; accepts are the media types of its body, none if it
+// has no body.
 func (h *Handler) tasks(do operation, params, accepts []string) endpoint {
 	return func(w http.ResponseWriter, req *http.Request) error {
 		// A tenth of the time is left for the answer when the database takes
@@ -671,10 +671,10 @@ type response struct {
 func (w *response) WriteHeader(status int) {
 	if w.route != "" {
 		if w.unread {
-			// net/http would wait for the rest without a limit of ours. When the
-			// client has asked for the end of the connection, it would end it in
-			// a way that may cost the client the answer, except after this.
+			// net/http would wait for the rest without a limit of ours.
 			w.Header().Set("Connection", "close")
+			// And it would reset a connection that the client, too, wants closed,
+			// before the client has read the answer; but not after this.
 			io.Copy(io.Discard, http.MaxBytesReader(w.ResponseWriter, io.NopCloser(strings.NewReader("too much")), 0))
 		}
 		w.status = status
@@ -742,13 +742,17 @@ func problemOf(err error) *problem {
 
 // writeProblem writes an error as a problem document.
 func writeProblem(w *response, err error) {
-	p := *problemOf(err)
+	p := problemOf(err)
 	p.RequestID = w.requestID
 	if p.Status == http.StatusServiceUnavailable {
 		w.Header().Set("Retry-After", retryAfter)
 	}
 	w.Header().Set("Cache-Control", "no-store")
-	writeJSON(w, p.Status, "application/problem+json", p)
+	var body bytes.Buffer
+	enc := json.NewEncoder(&body)
+	enc.SetEscapeHTML(false)
+	enc.Encode(p) // cannot fail: strings and a number
+	write(w, p.Status, "application/problem+json", body.Bytes())
 }
 
 // writeTask writes the task that an operation returned, or returns its error.
@@ -766,17 +770,6 @@ func writeTasks(w http.ResponseWriter, page []Task) error {
 	w.Header().Set("Cache-Control", "no-cache")
 	body := appendTasks(make([]byte, 0, 2+320*len(page)), page)
 	return write(w, http.StatusOK, mediaTypeJSON, append(body, '\n'))
-}
-
-// writeJSON writes a value as JSON.
-func writeJSON(w http.ResponseWriter, status int, mediaType string, v any) error {
-	var b bytes.Buffer
-	enc := json.NewEncoder(&b)
-	enc.SetEscapeHTML(false)
-	if err := enc.Encode(v); err != nil {
-		return err
-	}
-	return write(w, status, mediaType, b.Bytes())
 }
 
 // write writes a response with a body. That the client is not there any more to
