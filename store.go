@@ -2,7 +2,8 @@ package main
 
 // store.go keeps tasks in PostgreSQL: the SQL, and nothing of HTTP. An operation
 // is one statement, so PostgreSQL applies it whole or not at all, and
-// [OpenDB]'s connections see to it that none which writes is run twice.
+// [OpenDB]'s connections see to it that none which writes is run twice. Fetches
+// that come together share one, and so do creations.
 
 import (
 	"cmp"
@@ -69,7 +70,7 @@ func (s *Store) Ping(ctx context.Context) error {
 // Stats returns the statistics of the pool.
 func (s *Store) Stats() sql.DBStats { return s.db.Stats() }
 
-// columns are those of a task, in the order of [scan].
+// columns are those of a task, in the order in which [Store.query] scans them.
 const columns = `id, user_id, title, description, completed, version, created_at, updated_at`
 
 const selectTasks = `SELECT ` + columns + ` FROM tasks`
@@ -106,8 +107,8 @@ func (s *Store) Create(ctx context.Context, n NewTask, key string) (t Task, repl
 	t = Task{newID(now), n.UserID, n.Title, n.Description, n.Completed, 1, now, now}
 	if key == "" {
 		tasks, err := s.creations.do(ctx, t)
-		t, err = pick(tasks, t.ID, err)
-		return t, false, err
+		made, err := pick(tasks, t.ID, err)
+		return made, false, err
 	}
 	made, err := s.one(ctx, insertTasks+onRepeat+returning, string(appendTasks(nil, []Task{t})), key, digest(n))
 	if errors.Is(err, ErrNotFound) {
