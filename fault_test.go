@@ -267,7 +267,7 @@ func messages(r *bufio.Reader, types string) (all []byte, err error) {
 // executes reports whether the messages of a statement are more than what
 // prepares it, or the connection for it.
 func executes(statement []byte) bool {
-	if bytes.HasPrefix(statement[5:], []byte("SET ")) {
+	if bytes.HasPrefix(statement[5:], []byte("SELECT set_config")) {
 		return false
 	}
 	r := bufio.NewReader(bytes.NewReader(statement))

@@ -211,16 +211,21 @@ func (c connector) Connect(ctx context.Context) (driver.Conn, error) {
 	if err != nil {
 		return nil, &connectError{err}
 	}
-	w.deadline = time.Time{}
 	cn := &conn{pqConn: dc.(pqConn), wire: w}
 	if c.prepare {
 		cn.prepared = make(map[string]driver.StmtQueryContext)
-		// One plan serves all values, which PostgreSQL does not expect.
-		if _, err := cn.ExecContext(ctx, "SET plan_cache_mode = force_generic_plan", nil); err != nil {
+		// One plan serves all values, which PostgreSQL does not expect. Nor does
+		// it know then how short a page is: without these settings it might read
+		// and sort what an index has in order, or compile it. (A SELECT, because
+		// the loss of the connection does no harm.)
+		_, err := cn.ExecContext(ctx, "SELECT set_config(name, value, false) FROM (VALUES "+
+			"('plan_cache_mode', 'force_generic_plan'), ('enable_sort', 'off'), ('jit', 'off')) AS settings (name, value)", nil)
+		if err != nil {
 			cn.Close()
 			return nil, &connectError{err}
 		}
 	}
+	w.deadline = time.Time{}
 	return cn, nil
 }
 

@@ -41,17 +41,20 @@ CREATE TABLE IF NOT EXISTS tasks (
 -- An Idempotency-Key belongs to an owner. No owner is one owner as well, for
 -- which the empty string stands: no user_id is empty. (NULLS NOT DISTINCT would
 -- say it better, but PostgreSQL 14 lacks it.)
-DO $$ BEGIN
-    IF to_regclass('tasks_completed_id') IS NULL THEN
+DO $$
+DECLARE
+    schema text := quote_ident(current_schema()) || '.'; -- where CREATE TABLE has looked
+BEGIN
+    IF to_regclass(schema || 'tasks_completed_id') IS NULL THEN
         CREATE INDEX tasks_completed_id ON tasks (completed, id);
     END IF;
-    IF to_regclass('tasks_user_id_id') IS NULL THEN
+    IF to_regclass(schema || 'tasks_user_id_id') IS NULL THEN
         CREATE INDEX tasks_user_id_id ON tasks (user_id, id);
     END IF;
-    IF to_regclass('tasks_completed_user_id_id') IS NULL THEN
+    IF to_regclass(schema || 'tasks_completed_user_id_id') IS NULL THEN
         CREATE INDEX tasks_completed_user_id_id ON tasks (completed, user_id, id);
     END IF;
-    IF to_regclass('tasks_idempotency_key') IS NULL THEN
+    IF to_regclass(schema || 'tasks_idempotency_key') IS NULL THEN
         CREATE UNIQUE INDEX tasks_idempotency_key ON tasks (coalesce(user_id, ''), idempotency_key)
             WHERE idempotency_key IS NOT NULL;
     END IF;

@@ -17,7 +17,6 @@ import (
 	"math"
 	"slices"
 	"strconv"
-	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -126,7 +125,7 @@ func (s *Store) createAll(ctx context.Context, tasks []Task) ([]Task, error) {
 	}
 	for _, t := range tasks {
 		one, oneErr := s.createAll(ctx, []Task{t})
-		made, err = append(made, one...), cmp.Or(oneErr, err)
+		made, err = append(made, one...), errors.Join(err, oneErr)
 	}
 	return made, err
 }
@@ -163,33 +162,31 @@ func digest(n NewTask) []byte {
 // List returns a page of tasks and reports whether more follow.
 //
 // A page is one range of the index whose columns are what is filtered by, and
-// id. It is put so that PostgreSQL reads nothing else. With = for the filters it
-// would expect tasks that match to be spread evenly, and might walk the primary
-// key past millions that do not. And of a row comparison it looks at the first
-// column only: where few tasks are of users behind this one, it would take what
-// follows for few, and read and sort all of it. Hence a subquery, whose value it
-// does not look at.
+// id. It is put so that PostgreSQL reads nothing else. With = for a filter it
+// would expect tasks that match to be spread evenly, and might walk another index
+// past millions that do not; = ANY asks for the same, but leaves one index only
+// that has the order asked for. That works for an index's first column. For the
+// second there is a row comparison, of which PostgreSQL looks at the first value:
+// where few tasks come behind all of this user's, it would take the range for
+// short, and read and sort all of it. Hence the subquery, into which it does not
+// look.
 func (s *Store) List(ctx context.Context, f Filter) (page []Task, more bool, err error) {
 	beyond, until, order, start := ">", "<=", "", "00000000-0000-0000-0000-000000000000"
 	if f.Descending {
 		beyond, until, order, start = "<", ">=", " DESC", "ffffffff-ffff-ffff-ffff-ffffffffffff"
 	}
-	var keys, values []string // what is filtered by
-	args := []any{f.Limit + 1, cmp.Or(f.After, start)}
-	if f.Completed != nil {
-		keys, values = append(keys, "completed"), append(values, strconv.FormatBool(*f.Completed))
-	}
+	where, by, args := "id "+beyond+" $2", "", []any{f.Limit + 1, cmp.Or(f.After, start)}
 	if f.Owner != nil {
-		keys, values, args = append(keys, "user_id"), append(values, "$3::text"), append(args, *f.Owner)
+		where, by, args = "user_id = ANY (ARRAY[$3]) AND "+where, "user_id"+order+", ", append(args, *f.Owner)
 	}
-	query := selectTasks + " WHERE "
-	if len(keys) > 0 {
-		query += "(" + strings.Join(keys, ", ") + ") " + until + " (" + strings.Join(values, ", ") + ") AND "
+	if f.Owner != nil && f.Completed != nil {
+		where = "user_id " + until + " $3 AND (user_id, id) " + beyond + " ((SELECT $3::text), $2)"
 	}
-	keys, values = append(keys, "id"), append(values, "$2::uuid")
-	values[0] = "(SELECT " + values[0] + ")"
-	query += "(" + strings.Join(keys, ", ") + ") " + beyond + " (" + strings.Join(values, ", ") + ")" +
-		" ORDER BY " + strings.Join(keys, order+", ") + order + " LIMIT $1"
+	if f.Completed != nil {
+		where = "completed = ANY (ARRAY[" + strconv.FormatBool(*f.Completed) + "]) AND " + where
+		by = "completed" + order + ", " + by
+	}
+	query := selectTasks + " WHERE " + where + " ORDER BY " + by + "id" + order + " LIMIT $1"
 	page, err = s.query(ctx, query, args...)
 	if len(page) > f.Limit {
 		return page[:f.Limit], true, err
@@ -316,8 +313,9 @@ type gatherer[T any] struct {
 }
 
 const (
-	gatherTime = time.Millisecond
-	maxBatch   = 100 // calls that are not made to wait for more
+	gatherTime    = time.Millisecond
+	deadlineSlack = 100 * time.Millisecond // by which a call may lose
+	maxBatch      = 100                    // calls
 )
 
 // batch is the calls that one statement is for. It ends with the deadline of the
@@ -352,13 +350,17 @@ func (g *gatherer[T]) do(ctx context.Context, call T) ([]Task, error) {
 func (g *gatherer[T]) join(ctx context.Context, call T) (b *batch[T], first bool) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	if g.next == nil {
+	if g.next == nil || g.next.endsBefore(ctx) {
 		g.next, first = newBatch[T](ctx), true
 	}
 	b = g.next
 	b.calls = append(b.calls, call)
 	b.waiting++
-	if g.underWay == 0 || len(b.calls) == maxBatch {
+	full := len(b.calls) == maxBatch
+	if full {
+		g.next = nil
+	}
+	if full || g.underWay == 0 {
 		b.begin()
 	}
 	return b, first
@@ -374,6 +376,14 @@ func newBatch[T any](ctx context.Context) *batch[T] {
 		b.ctx, b.cancel = context.WithCancel(ctx)
 	}
 	return b
+}
+
+// endsBefore reports whether a call with ctx would lose much of its time in the
+// batch.
+func (b *batch[T]) endsBefore(ctx context.Context) bool {
+	end, limited := b.ctx.Deadline()
+	deadline, ok := ctx.Deadline()
+	return limited && (!ok || deadline.Sub(end) > deadlineSlack)
 }
 
 // begin lets a batch begin, if it has not.

@@ -468,15 +468,22 @@ func TestIndexes(t *testing.T) {
 
 func testIndexes(t *testing.T, prepare bool) {
 	dbURL := newDatabase(t)
+	if prepare {
+		// A plan for any values depends on these, and must be the same.
+		execSQL(t, dbURL, `DO $$ BEGIN
+			EXECUTE format('ALTER DATABASE %I SET effective_cache_size = 100', current_database());
+			EXECUTE format('ALTER DATABASE %I SET random_page_cost = 40', current_database());
+			END $$`)
+	}
 	setup := open(t, dbURL)
 	if err := NewStore(setup).Migrate(t.Context()); err != nil {
 		t.Fatal(err)
 	}
 	setup.Close()
-	// One task in 25 is completed, and one in 4 each alice's and dave's. All
-	// others have few: what comes behind dave's must not be taken for as little.
+	// Half of the tasks are completed, and one in 4 each alice's and
+	// dave's. All others have few: what comes behind dave's must not be taken for as little.
 	execSQL(t, dbURL, `INSERT INTO tasks (id, title, description, user_id, completed)
-		SELECT `+idOf("n")+`, 'a', repeat('d', 400), (ARRAY['alice', 'aaron' || n % 991, 'carol' || n % 997, 'dave'])[1 + n % 4], n / 4 % 25 = 0 FROM generate_series(1, 40000) n`)
+		SELECT `+idOf("n")+`, 'a', repeat('d', 400), (ARRAY['alice', 'aaron' || n % 991, 'carol' || n % 997, 'dave'])[1 + n % 4], n / 4 % 2 = 0 FROM generate_series(1, 40000) n`)
 	execSQL(t, dbURL, `INSERT INTO tasks (id, title, user_id) SELECT `+idOf("n")+`, 'a', 'eve' || n FROM generate_series(40001, 40500) n`)
 	execSQL(t, dbURL, "ANALYZE tasks")
 	observer := open(t, dbURL)
@@ -495,7 +502,10 @@ func testIndexes(t *testing.T, prepare bool) {
 		{"dave's", Filter{Limit: 1000, Owner: new("dave")}, "tasks_user_id_id"},
 		{"alice's, completed", Filter{Limit: 10, Owner: new("alice"), Completed: new(true)}, "tasks_completed_user_id_id"},
 		{"alice's, not completed", Filter{Limit: 10, Owner: new("alice"), Completed: new(false)}, "tasks_completed_user_id_id"},
-		{"dave's, not completed", Filter{Limit: 1000, Owner: new("dave"), Completed: new(false)}, "tasks_completed_user_id_id"},
+		{"dave's, not completed", Filter{Limit: 200, Owner: new("dave"), Completed: new(false)}, "tasks_completed_user_id_id"},
+		{"few of a user, not completed", Filter{Limit: 100, Owner: new("aaron100"), Completed: new(false)}, "tasks_completed_user_id_id"},
+		{"few of the last user, not completed", Filter{Limit: 100, Owner: new("eve40500"), Completed: new(false)}, "tasks_completed_user_id_id"},
+		{"few of a user", Filter{Limit: 100, Owner: new("carol100")}, "tasks_user_id_id"},
 	} {
 		limit := tt.filter.Limit
 		for _, descending := range []bool{false, true} {
@@ -507,22 +517,28 @@ func testIndexes(t *testing.T, prepare bool) {
 					t.Fatal(err)
 				}
 				page, more, err := NewStore(db).List(t.Context(), tt.filter)
-				if err != nil || len(page) != limit || !more {
-					t.Fatal(len(page), more, err)
+				few := strings.HasPrefix(tt.name, "few")
+				if err != nil || !few && len(page) != limit || more == few {
+					t.Fatal(tt.name, len(page), more, err)
 				}
 				db.Close()
-				var used []string
-				read := use{}
+				want := len(page)
+				if more {
+					want++
+				}
 				for index, now := range indexUse(t, observer, 1+before["all"].scans) {
 					was := before[index]
-					if now.scans > was.scans && index != "all" {
-						used = append(used, index)
-						read = use{now.scans - was.scans, now.entries - was.entries, now.blocks - was.blocks}
+					read := use{now.scans - was.scans, now.entries - was.entries, now.blocks - was.blocks}
+					most := use{1, 1, 4} // the planner may look at the end of an index
+					switch index {
+					case tt.want:
+						most = use{2, want + 1, blocks}
+					case "all":
+						continue
 					}
-				}
-				if !slices.Equal(used, []string{tt.want}) || read.scans != 1 || read.entries != limit+1 || read.blocks > blocks {
-					t.Errorf("%s, descending %t, after %q: read %+v of %s, want one scan of %s, %d entries and at most %d blocks",
-						tt.name, descending, after, read, used, tt.want, limit+1, blocks)
+					if read.scans > most.scans || read.entries > most.entries || read.blocks > most.blocks {
+						t.Errorf("%s, descending %t, after %q: read %+v of %s, want at most %+v", tt.name, descending, after, read, index, most)
+					}
 				}
 			}
 		}

@@ -96,7 +96,8 @@ func appendString(b []byte, s *string) []byte {
 	for i := 0; i < len(rest); i++ {
 		if c := rest[i]; c < ' ' || c == '"' || c == '\\' {
 			b = append(b, rest[:i]...)
-			b = fmt.Appendf(b, `\u%04x`, c)
+			b = append(b, '\\', 'u', '0', '0', '0'+c>>4)
+			b = append(b, "0123456789abcdef"[c&0xf])
 			rest, i = rest[i+1:], -1
 		}
 	}
@@ -106,7 +107,7 @@ func appendString(b []byte, s *string) []byte {
 
 // Target names the one task that an operation is for, and on what conditions.
 type Target struct {
-	ID       string
+	ID       string  // in lower case, as [Task] has it
 	Owner    *string // the task must belong to this user; nil: to anybody
 	Versions []int64 // the task must have one of these versions; nil: any
 }
@@ -231,9 +232,9 @@ func newDecoder(body []byte) *decoder {
 }
 
 // text takes a string and checks it by the given rules.
-func (d *decoder) text(name string, p presence, check func(string) []string) (s Optional[string]) {
-	s.Set = d.take(name, p, &s.Value, "must be a string")
-	if s.Set && s.Value != nil {
+func (d *decoder) text(name string, p presence, check func(string) []string) Optional[string] {
+	s := take[string](d, name, p, "must be a string")
+	if s.Value != nil {
 		for _, detail := range check(*s.Value) {
 			d.violate(name, detail)
 		}
@@ -242,28 +243,27 @@ func (d *decoder) text(name string, p presence, check func(string) []string) (s 
 }
 
 // boolean takes true or false.
-func (d *decoder) boolean(name string, p presence) (b *bool) {
-	d.take(name, p, &b, "must be true or false")
-	return b
+func (d *decoder) boolean(name string, p presence) *bool {
+	return take[bool](d, name, p, "must be true or false").Value
 }
 
-// take moves a member into v, a pointer to a pointer, which null makes nil. It
-// reports whether there is a good one; rule is what it breaks if it is of
-// another type.
-func (d *decoder) take(name string, p presence, v any, rule string) bool {
-	value, ok := d.members[name]
+// take takes a member. One that breaks a rule counts as absent; rule is the one
+// that it breaks if it is of another type.
+func take[T any](d *decoder, name string, p presence, rule string) Optional[T] {
+	text, ok := d.members[name]
 	delete(d.members, name)
+	var value *T
 	switch {
 	case !ok && p == required:
 		d.violate(name, "is required")
-	case ok && p != nullable && string(value) == "null":
+	case ok && p != nullable && string(text) == "null":
 		d.violate(name, "must not be null")
-	case ok && json.Unmarshal(value, v) != nil:
+	case ok && json.Unmarshal(text, &value) != nil:
 		d.violate(name, rule)
 	default:
-		return ok
+		return Optional[T]{ok, value}
 	}
-	return false
+	return Optional[T]{}
 }
 
 func (d *decoder) violate(name, detail string) {
@@ -339,9 +339,7 @@ func checkForm(body []byte) error {
 	if hasHalfPair(body) {
 		return MalformedError(`The body has a \u escape that is half of a surrogate pair.`)
 	}
-	tokens := json.NewDecoder(bytes.NewReader(body))
-	tokens.UseNumber() // no number is too large
-	return checkNames(tokens)
+	return checkNames(body)
 }
 
 // hasHalfPair reports whether a valid JSON text, which has backslashes in strings
@@ -364,27 +362,37 @@ func hasHalfPair(text []byte) bool {
 	}
 }
 
-// checkNames reads one value of a valid JSON text. Its error is that an object
-// within has a name twice.
-func checkNames(tokens *json.Decoder) error {
-	begin, _ := tokens.Token()
-	if begin != json.Delim('{') && begin != json.Delim('[') {
-		return nil
-	}
-	names := map[json.Token]bool{}
-	for tokens.More() {
-		if begin == json.Delim('{') {
-			name, _ := tokens.Token()
+// checkNames returns an error if a valid JSON text has an object, at any depth,
+// with the same name twice.
+func checkNames(text []byte) error {
+	var scopes []map[string]bool // the names in the objects around text[i]; nil for an array
+	for i := 0; i < len(text); i++ {
+		switch text[i] {
+		case '{':
+			scopes = append(scopes, map[string]bool{})
+		case '[':
+			scopes = append(scopes, nil)
+		case '}', ']':
+			scopes = scopes[:len(scopes)-1]
+		case '"':
+			begin := i
+			for i++; text[i] != '"'; i++ {
+				if text[i] == '\\' {
+					i++
+				}
+			}
+			if rest := bytes.TrimLeft(text[i+1:], " \t\r\n"); len(rest) == 0 || rest[0] != ':' {
+				continue // a value
+			}
+			var name string
+			json.Unmarshal(text[begin:i+1], &name) // cannot fail
+			names := scopes[len(scopes)-1]
 			if names[name] {
 				return MalformedError(fmt.Sprintf("The body has the member %q twice.", name))
 			}
 			names[name] = true
 		}
-		if err := checkNames(tokens); err != nil {
-			return err
-		}
 	}
-	tokens.Token() // the end of begin
 	return nil
 }
 
