@@ -1941,6 +1941,17 @@ func TestBodySize(t *testing.T) {
 	}
 }
 
+// A user_id of another type is that, and no other user's.
+func TestUserIDType(t *testing.T) {
+	t.Parallel()
+	a := newAPI(t, Options{})
+	for _, query := range []string{"", "?user_id=alice"} {
+		if got := a.outcome(a.do("POST", "/api/tasks"+query, `{"title":"a","user_id":5}`)); got != "422 #/user_id" {
+			t.Errorf("%q: %s", query, got)
+		}
+	}
+}
+
 // Who sends the whole of a body before reading the answer gets it, be it about
 // something else and the end of the connection asked for.
 func TestAnswerBeforeBody(t *testing.T) {

@@ -71,6 +71,19 @@ func TestMigrateBesideWrites(t *testing.T) {
 	}
 }
 
+// What another schema on the search path has is not taken for one's own.
+func TestMigrateOtherSchema(t *testing.T) {
+	t.Parallel()
+	dbURL := newDatabase(t)
+	newAPIOn(t, dbURL, Options{}).create(`{"title":"a"}`)
+	execSQL(t, dbURL, "CREATE SCHEMA mine")
+	a := newAPIOn(t, dbURL+" search_path=mine,public", Options{})
+	a.create(`{"title":"b"}`, "Idempotency-Key", "k")
+	if n := queryInt(t, dbURL, "SELECT count(*) FROM pg_indexes WHERE schemaname = 'mine'"); n != 5 {
+		t.Errorf("%d indexes", n)
+	}
+}
+
 func TestMigrateTogether(t *testing.T) {
 	t.Parallel()
 	dbURL := newDatabase(t)
@@ -390,6 +403,24 @@ func TestGatherer(t *testing.T) {
 			}
 			if err := <-a; err == nil {
 				t.Error("did not fail")
+			}
+		}},
+		{"a call with more time does not join one with less", func(t *testing.T, g *gathering) {
+			ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+			defer cancel()
+			a := g.call(t, t.Context(), "a")
+			first := g.next(t, "a")
+			b, c := g.call(t, ctx, "b"), g.call(t, t.Context(), "c")
+			for range 2 {
+				s := <-g.run
+				if _, limited := s.ctx.Deadline(); len(s.ids) != 1 || limited != (s.ids[0] == "b") {
+					t.Errorf("a statement for %q, limited %t", s.ids, limited)
+				}
+				s.end <- nil
+			}
+			first.end <- nil
+			if errA, errB, errC := <-a, <-b, <-c; errA != nil || errB != nil || errC != nil {
+				t.Error(errA, errB, errC)
 			}
 		}},
 		{"a panic is the first's, and leaves nobody waiting", func(t *testing.T, g *gathering) {
