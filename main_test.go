@@ -428,7 +428,7 @@ func TestExitCodes(t *testing.T) {
 }
 
 // relay forwards what comes on a listener to the PostgreSQL at the socket of
-// dbURL, and returns the URL for it. Each client's bytes are shown to seen.
+// dbURL, and returns the URL for it. Each client's bytes are shown to seen first.
 func relay(t testing.TB, listener net.Listener, dbURL string, seen io.Writer) {
 	cfg, err := parseURL(dbURL)
 	if err != nil {
@@ -447,7 +447,7 @@ func relay(t testing.TB, listener net.Listener, dbURL string, seen io.Writer) {
 				continue
 			}
 			go func() { io.Copy(client, server); client.Close() }()
-			go func() { io.Copy(io.MultiWriter(server, seen), client); server.Close() }()
+			go func() { io.Copy(io.MultiWriter(seen, server), client); server.Close() }()
 		}
 	}()
 }
