@@ -463,6 +463,33 @@ func TestGatherer(t *testing.T) {
 	}
 }
 
+// A batch is full at maxBatch, however fast calls come.
+func TestGathererFull(t *testing.T) {
+	t.Parallel()
+	g := newGathering()
+	var last *batch[string]
+	for i := range 2 * maxBatch {
+		b, first := g.join(t.Context(), "a")
+		if begins := i%maxBatch == 0; first != begins || (b != last) != begins {
+			t.Fatalf("call %d begins a batch: %t", i, first)
+		}
+		last = b
+	}
+}
+
+// With prepared statements no page is planned for its own values.
+func TestPlansAreKept(t *testing.T) {
+	t.Parallel()
+	a := newAPIWithPool(t, newDatabase(t), 1, true, Options{})
+	for range 10 {
+		a.want(200, a.do("GET", "/api/tasks?user_id=alice&limit=10", ""))
+	}
+	var custom, generic int
+	if err := a.db.QueryRow("SELECT sum(custom_plans), sum(generic_plans) FROM pg_prepared_statements").Scan(&custom, &generic); err != nil || custom != 0 || generic < 10 {
+		t.Errorf("%d plans for given values, %d uses of a kept plan, %v", custom, generic, err)
+	}
+}
+
 // A task that the database refuses takes none of those with it that were to be
 // made by the same statement.
 func TestCreateAll(t *testing.T) {
