@@ -7,13 +7,10 @@ package main
 import (
 	"context"
 	"database/sql"
-	"errors"
 	"fmt"
-	"slices"
 	"strings"
 	"sync"
 	"testing"
-	"testing/synctest"
 	"time"
 )
 
@@ -201,7 +198,7 @@ func TestConstraints(t *testing.T) {
 // No two tasks of a Store have the same time of creation, however fast they come.
 func TestTimesOfCreation(t *testing.T) {
 	t.Parallel()
-	var s Store
+	var s database
 	var seen sync.Map
 	together(4, func(int) {
 		var last time.Time
@@ -213,268 +210,6 @@ func TestTimesOfCreation(t *testing.T) {
 			last = now
 		}
 	})
-}
-
-// gathering is a gatherer whose statements the test ends.
-type gathering struct {
-	gatherer[string]
-	run chan statement
-}
-
-// statement is one that a gathering runs. It ends with what is sent to end, or
-// with its context.
-type statement struct {
-	ctx context.Context
-	ids []string
-	end chan error
-}
-
-func newGathering() *gathering {
-	g := &gathering{run: make(chan statement)}
-	g.gatherer.run = func(ctx context.Context, ids []string) (tasks []Task, err error) {
-		s := statement{ctx, ids, make(chan error)}
-		g.run <- s
-		select {
-		case err = <-s.end:
-		case <-ctx.Done():
-			err = ctx.Err()
-		}
-		for _, id := range ids {
-			tasks = append(tasks, Task{ID: id})
-		}
-		return tasks, err
-	}
-	return g
-}
-
-// call calls do and returns where its error will be.
-func (g *gathering) call(t *testing.T, ctx context.Context, id string) <-chan error {
-	result := make(chan error, 1)
-	go func() {
-		tasks, err := g.do(ctx, id)
-		if _, missing := pick(tasks, id, err); err == nil && missing != nil {
-			t.Errorf("%s is not among %v", id, tasks)
-		}
-		result <- err
-	}()
-	synctest.Wait()
-	return result
-}
-
-// next returns the statement under way for the given calls.
-func (g *gathering) next(t *testing.T, ids ...string) statement {
-	t.Helper()
-	select {
-	case s := <-g.run:
-		if !slices.Equal(s.ids, ids) {
-			t.Fatalf("a statement for %q, not %q", s.ids, ids)
-		}
-		return s
-	case <-time.After(time.Hour):
-		t.Fatalf("no statement for %q", ids)
-		return statement{}
-	}
-}
-
-func TestGatherer(t *testing.T) {
-	t.Parallel()
-	failure := errors.New("failure")
-	for _, tt := range []struct {
-		name string
-		test func(t *testing.T, g *gathering)
-	}{
-		{"calls that come meanwhile are one statement, at once when the first has ended", func(t *testing.T, g *gathering) {
-			a := g.call(t, t.Context(), "a")
-			first := g.next(t, "a")
-			begin := time.Now()
-			b, c := g.call(t, t.Context(), "b"), g.call(t, t.Context(), "c")
-			first.end <- nil
-			second := g.next(t, "b", "c")
-			if waited := time.Since(begin); waited != 0 {
-				t.Errorf("waited %v", waited)
-			}
-			second.end <- failure
-			if errA, errB, errC := <-a, <-b, <-c; errA != nil || errB != failure || errC != failure {
-				t.Error(errA, errB, errC)
-			}
-		}},
-		{"a statement that hangs holds up nobody else", func(t *testing.T, g *gathering) {
-			a := g.call(t, t.Context(), "a")
-			first := g.next(t, "a")
-			begin := time.Now()
-			b := g.call(t, t.Context(), "b")
-			second := g.next(t, "b")
-			if waited := time.Since(begin); waited != gatherTime {
-				t.Errorf("waited %v", waited)
-			}
-			second.end <- nil
-			first.end <- failure
-			if errA, errB := <-a, <-b; errA != failure || errB != nil {
-				t.Error(errA, errB)
-			}
-		}},
-		{"a full batch does not wait", func(t *testing.T, g *gathering) {
-			a := g.call(t, t.Context(), "a")
-			first := g.next(t, "a")
-			begin := time.Now()
-			var ids []string
-			for i := range maxBatch {
-				ids = append(ids, fmt.Sprint(i))
-				g.call(t, t.Context(), ids[i])
-			}
-			rest := g.call(t, t.Context(), "rest")
-			full := g.next(t, ids...)
-			if waited := time.Since(begin); waited != 0 {
-				t.Errorf("waited %v", waited)
-			}
-			for _, s := range []statement{first, full, g.next(t, "rest")} {
-				s.end <- nil
-			}
-			if errA, errRest := <-a, <-rest; errA != nil || errRest != nil {
-				t.Error(errA, errRest)
-			}
-		}},
-		{"who leaves takes nothing from the others, be it the first", func(t *testing.T, g *gathering) {
-			ctx, leave := context.WithCancel(t.Context())
-			a := g.call(t, t.Context(), "a")
-			first := g.next(t, "a")
-			b, c := g.call(t, ctx, "b"), g.call(t, t.Context(), "c")
-			leave()
-			synctest.Wait()
-			first.end <- nil
-			g.next(t, "b", "c").end <- nil
-			if errA, errB, errC := <-a, <-b, <-c; errA != nil || errB != nil && !errors.Is(errB, ErrUnavailable) || errC != nil {
-				t.Error(errA, errB, errC)
-			}
-		}},
-		{"a call that is not the first is free at once when it leaves", func(t *testing.T, g *gathering) {
-			ctx, leave := context.WithCancel(t.Context())
-			a := g.call(t, t.Context(), "a")
-			first := g.next(t, "a")
-			b, c := g.call(t, t.Context(), "b"), g.call(t, ctx, "c")
-			leave()
-			if errC := <-c; !errors.Is(errC, ErrUnavailable) {
-				t.Error(errC)
-			}
-			first.end <- nil
-			g.next(t, "b", "c").end <- nil
-			if errA, errB := <-a, <-b; errA != nil || errB != nil {
-				t.Error(errA, errB)
-			}
-		}},
-		{"a statement that nobody waits for is cancelled", func(t *testing.T, g *gathering) {
-			ctx, leave := context.WithCancel(t.Context())
-			a := g.call(t, ctx, "a")
-			first := g.next(t, "a")
-			b := g.call(t, ctx, "b")
-			leave()
-			<-first.ctx.Done()
-			second := g.next(t, "b")
-			<-second.ctx.Done()
-			if errA, errB := <-a, <-b; errA == nil || errB == nil {
-				t.Error(errA, errB)
-			}
-		}},
-		{"nobody joins those who have all left", func(t *testing.T, g *gathering) {
-			ctx, leave := context.WithCancel(t.Context())
-			a := g.call(t, t.Context(), "a")
-			first := g.next(t, "a")
-			b := g.call(t, ctx, "b")
-			leave()
-			synctest.Wait()
-			c := g.call(t, t.Context(), "c")
-			for range 2 {
-				if s := <-g.run; s.ids[0] == "c" {
-					s.end <- nil
-				}
-			}
-			first.end <- nil
-			if errA, errB, errC := <-a, <-b, <-c; errA != nil || !errors.Is(errB, context.Canceled) || errC != nil {
-				t.Error(errA, errB, errC)
-			}
-		}},
-		{"a statement has until the deadline of the first", func(t *testing.T, g *gathering) {
-			ctx, cancel := context.WithTimeout(t.Context(), time.Second)
-			defer cancel()
-			a := g.call(t, ctx, "a")
-			want, _ := ctx.Deadline()
-			if got, ok := g.next(t, "a").ctx.Deadline(); !ok || got != want {
-				t.Errorf("has until %v, not %v", got, want)
-			}
-			if err := <-a; err == nil {
-				t.Error("did not fail")
-			}
-		}},
-		{"a call with more time does not join one with less", func(t *testing.T, g *gathering) {
-			ctx, cancel := context.WithTimeout(t.Context(), time.Second)
-			defer cancel()
-			a := g.call(t, t.Context(), "a")
-			first := g.next(t, "a")
-			b, c := g.call(t, ctx, "b"), g.call(t, t.Context(), "c")
-			for range 2 {
-				s := <-g.run
-				if _, limited := s.ctx.Deadline(); len(s.ids) != 1 || limited != (s.ids[0] == "b") {
-					t.Errorf("a statement for %q, limited %t", s.ids, limited)
-				}
-				s.end <- nil
-			}
-			first.end <- nil
-			if errA, errB, errC := <-a, <-b, <-c; errA != nil || errB != nil || errC != nil {
-				t.Error(errA, errB, errC)
-			}
-		}},
-		{"a panic is the first's, and leaves nobody waiting", func(t *testing.T, g *gathering) {
-			entered, leave := make(chan bool), make(chan bool)
-			g.gatherer.run = func(context.Context, []string) ([]Task, error) {
-				entered <- true
-				<-leave
-				panic("at the disco")
-			}
-			panicked := make(chan any)
-			go func() {
-				defer func() { panicked <- recover() }()
-				g.do(t.Context(), "a")
-			}()
-			<-entered
-			go func() {
-				defer func() { panicked <- recover() }()
-				g.do(t.Context(), "b")
-			}()
-			synctest.Wait()
-			c := g.call(t, t.Context(), "c")
-			leave <- true
-			<-entered
-			leave <- true
-			if a, b := <-panicked, <-panicked; a == nil || b == nil {
-				t.Error("did not panic")
-			}
-			if err := <-c; err != ErrUnavailable {
-				t.Error(err)
-			}
-			if g.underWay != 0 {
-				t.Errorf("%d under way", g.underWay)
-			}
-		}},
-	} {
-		t.Run(tt.name, func(t *testing.T) {
-			t.Parallel()
-			synctest.Test(t, func(t *testing.T) { tt.test(t, newGathering()) })
-		})
-	}
-}
-
-// A batch is full at maxBatch, however fast calls come.
-func TestGathererFull(t *testing.T) {
-	t.Parallel()
-	g := newGathering()
-	var last *batch[string]
-	for i := range 2 * maxBatch {
-		b, first := g.join(t.Context(), "a")
-		if begins := i%maxBatch == 0; first != begins || (b != last) != begins {
-			t.Fatalf("call %d begins a batch: %t", i, first)
-		}
-		last = b
-	}
 }
 
 // With prepared statements no page is planned for its own values.
@@ -490,30 +225,26 @@ func TestPlansAreKept(t *testing.T) {
 	}
 }
 
-// A task that the database refuses takes none of those with it that were to be
-// made by the same statement.
-func TestCreateAll(t *testing.T) {
+// A row that PostgreSQL refuses, or that cannot be read, costs only the request
+// about it.
+func TestBadRow(t *testing.T) {
 	t.Parallel()
 	a := newAPI(t, Options{})
+	a.log.expected.Store(true)
 	a.exec("ALTER TABLE tasks ADD CONSTRAINT strange CHECK (title <> 'bad') NOT VALID")
-	var tasks []Task
-	for _, title := range []string{"good", "bad", "bad", "better"} {
-		now := a.store.now()
-		tasks = append(tasks, Task{ID: newID(now), Title: title, Version: 1, CreatedAt: now, UpdatedAt: now})
-	}
-	made, err := a.store.createAll(t.Context(), tasks)
-	if len(made) != 2 || made[0] != tasks[0] || made[1] != tasks[3] || sqlState(err) != "23514" {
-		t.Errorf("made %+v, %v", made, err)
-	}
-	for _, task := range tasks {
-		if got, err := a.store.Get(t.Context(), Target{ID: task.ID}); (err == nil) != (task.Title != "bad") || err == nil && got != task {
-			t.Errorf("%+v: got %+v, %v", task, got, err)
+	ids := a.newTasks(2)
+	a.exec("ALTER TABLE tasks DROP CONSTRAINT IF EXISTS tasks_times")
+	a.exec("UPDATE tasks SET created_at = '-infinity' WHERE id = '" + ids[1] + "'")
+	together(100, func(i int) {
+		title, create, fetch := "good", 201, 200
+		if i%10 == 0 {
+			title, create, fetch = "bad", 500, 500
 		}
-	}
+		a.want(create, a.do("POST", "/api/tasks", `{"title":"`+title+`"}`))
+		a.want(fetch, a.do("GET", "/api/tasks/"+ids[min(fetch-200, 1)], ""))
+	})
 }
 
-// A page reads what it returns and no more, however deep it is and however rare
-// the tasks are that match.
 func TestIndexes(t *testing.T) {
 	t.Parallel()
 	for _, prepare := range []bool{false, true} {
