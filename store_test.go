@@ -215,7 +215,7 @@ func TestTimesOfCreation(t *testing.T) {
 // With prepared statements no page is planned for its own values.
 func TestPlansAreKept(t *testing.T) {
 	t.Parallel()
-	a := newAPIWithPool(t, newDatabase(t), 1, true, Options{})
+	a := newAPIWithPool(t, newDatabase(t), 1, prepareAlways, Options{})
 	for range 10 {
 		a.want(200, a.do("GET", "/api/tasks?user_id=alice&limit=10", ""))
 	}
@@ -247,17 +247,17 @@ func TestBadRow(t *testing.T) {
 
 func TestIndexes(t *testing.T) {
 	t.Parallel()
-	for _, prepare := range []bool{false, true} {
-		t.Run(fmt.Sprintf("prepare=%v", prepare), func(t *testing.T) {
+	for _, prepare := range []prepareMode{prepareNever, prepareAlways} {
+		t.Run(fmt.Sprintf("prepare=%v", prepare == prepareAlways), func(t *testing.T) {
 			t.Parallel()
 			testIndexes(t, prepare)
 		})
 	}
 }
 
-func testIndexes(t *testing.T, prepare bool) {
+func testIndexes(t *testing.T, prepare prepareMode) {
 	dbURL := newDatabase(t)
-	if prepare {
+	if prepare == prepareAlways {
 		// A plan for any values depends on these, and must be the same.
 		execSQL(t, dbURL, `DO $$ BEGIN
 			EXECUTE format('ALTER DATABASE %I SET effective_cache_size = 100', current_database());
