@@ -46,19 +46,34 @@ func NewStore(db *sql.DB) *Store {
 	return s
 }
 
-// Migrate applies schema.sql. A role that may not do so is content with a schema
-// that stands already.
+// Migrate applies schema.sql, or says what the service needs and does not find.
+// Any number of starts may run it at once, and a complete schema is left as it
+// is. An [ErrUnavailable] may pass: a table may also be locked for the moment.
 func (s *Store) Migrate(ctx context.Context) error {
-	_, err := s.db.ExecContext(ctx, schema)
-	if sqlState(err) == "42501" { // insufficient_privilege
-		if _, missing := s.db.ExecContext(ctx, selectTasks+" LIMIT 0"); missing == nil {
-			return nil
-		}
-	}
+	// A start that has waited for another one must see what that has committed.
+	_, err := s.db.ExecContext(ctx, "SET TRANSACTION ISOLATION LEVEL READ COMMITTED; "+schema)
 	if err != nil {
-		return fmt.Errorf("apply the schema: %w", err)
+		return fmt.Errorf("apply the schema: %w", unavailable(ctx, err))
 	}
 	return nil
+}
+
+// findSchema returns the quoted name of the schema that db's own search_path
+// finds first. Behind a pooler, another client may have left a different
+// search_path in the session, so it is reset, for this statement alone.
+func findSchema(ctx context.Context, db *sql.DB) (string, error) {
+	var name *string
+	err := db.QueryRowContext(ctx, `
+	SELECT quote_ident(current_schema())
+	FROM (SELECT set_config('search_path', reset_val, true) AS path FROM pg_settings WHERE name = 'search_path') AS reset
+	WHERE path IS NOT NULL`).Scan(&name)
+	if err != nil {
+		return "", fmt.Errorf("find the schema: %w", unavailable(ctx, err))
+	}
+	if name == nil {
+		return "", errors.New("find the schema: search_path names none that exists")
+	}
+	return *name, nil
 }
 
 // Ping asks the database for a sign of life.
