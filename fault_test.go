@@ -1139,7 +1139,7 @@ func TestFaultSlowClients(t *testing.T) {
 	const inFlight, slow = 2, 20
 	a := newAPIWithPool(t, newDatabase(t), 1, prepareNever, Options{RequestTimeout: patience, MaxInFlight: inFlight})
 	execSQL(t, a.dbURL, `INSERT INTO tasks (id, title, description)
-		SELECT gen_random_uuid(), 'x', repeat('x', 10000) FROM generate_series(1, 1000)`)
+		SELECT `+idOf("n")+`, 'x', repeat('x', 10000) FROM generate_series(1, 1000) n`)
 	var senders []*rawConn
 	for range slow {
 		senders = append(senders, a.sendRaw("POST /api/tasks HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 19\r\n\r\n{\"title\": "))

@@ -42,13 +42,14 @@ func NewStore(db *sql.DB) *Store {
 	})}
 }
 
-// Migrate applies schema.sql. Without the privilege, an existing schema is enough.
+// Migrate applies schema.sql, or says what the service needs and does not find.
+// Any number of starts may run it at once, and a complete schema is left as it
+// is. [ErrUnavailable] may pass: the database is out of reach, or the table locked.
 func (s *Store) Migrate(ctx context.Context) error {
-	_, err := s.db.ExecContext(ctx, schema)
-	if sqlState(err) == "42501" { // insufficient_privilege
-		if _, missing := s.db.ExecContext(ctx, "SELECT FROM tasks LIMIT 0"); missing == nil {
-			return nil
-		}
+	// A start that has waited for another one must see what that has committed.
+	_, err := s.db.ExecContext(ctx, "SET TRANSACTION ISOLATION LEVEL READ COMMITTED; "+schema)
+	if err != nil && (ctx.Err() != nil || transient(err)) {
+		err = fmt.Errorf("%w: %w", ErrUnavailable, err)
 	}
 	if err != nil {
 		return fmt.Errorf("apply the schema: %w", err)
@@ -170,7 +171,7 @@ func (d *database) qualify(ctx context.Context, text string) (string, error) {
 	if name == nil {
 		found, err := findSchema(ctx, d.db)
 		if err != nil {
-			return "", err
+			return "", fmt.Errorf("find the schema: %w", err)
 		}
 		name = &found
 		d.schema.Store(name)
@@ -178,9 +179,22 @@ func (d *database) qualify(ctx context.Context, text string) (string, error) {
 	return strings.ReplaceAll(text, "{schema}", *name), nil
 }
 
-func findSchema(ctx context.Context, db *sql.DB) (name string, err error) {
-	err = db.QueryRowContext(ctx, "SELECT quote_ident(current_schema())").Scan(&name)
-	return name, err
+// findSchema returns the quoted name of the first schema on the search_path that
+// db itself asks for. Another client of a pooler may have left another
+// search_path in the session, so it is reset, for this statement alone.
+func findSchema(ctx context.Context, db *sql.DB) (string, error) {
+	var name *string
+	err := db.QueryRowContext(ctx, `
+	SELECT quote_ident(current_schema())
+	FROM (SELECT set_config('search_path', reset_val, true) AS path FROM pg_settings WHERE name = 'search_path') AS reset
+	WHERE path IS NOT NULL`).Scan(&name)
+	if err != nil {
+		return "", err
+	}
+	if name == nil {
+		return "", errors.New("search_path names no schema that exists")
+	}
+	return *name, nil
 }
 
 // statement is a statement that is written in pieces. Conditions that do not
