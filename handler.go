@@ -251,8 +251,8 @@ func newPage(mediaType string, body []byte) *page {
 }
 
 func (p *page) serve(w http.ResponseWriter, r *http.Request) (*response, error) {
-	tags, any := parseTags(r.Header.Values("If-None-Match"))
-	if any || slices.ContainsFunc(tags, func(tag string) bool { return strings.TrimPrefix(tag, "W/") == p.header.Get("Etag") }) {
+	tags, star := parseTags(r.Header.Values("If-None-Match"))
+	if star || slices.ContainsFunc(tags, func(tag string) bool { return strings.TrimPrefix(tag, "W/") == p.header.Get("Etag") }) {
 		return &response{status: http.StatusNotModified, header: p.header}, nil
 	}
 	return &response{status: http.StatusOK, header: p.header, body: p.body}, nil

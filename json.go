@@ -9,10 +9,8 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"strconv"
+	"regexp"
 	"time"
-	"unicode"
-	"unicode/utf16"
 	"unicode/utf8"
 )
 
@@ -26,74 +24,42 @@ func checkJSON(text []byte) error {
 	if err := json.Unmarshal(text, new(json.RawMessage)); err != nil {
 		return err
 	}
-	if hasHalfPair(text) {
-		return errors.New("a \\u escape that is half of a surrogate pair")
-	}
-	return checkNames(text)
-}
-
-// hasHalfPair reports whether a valid JSON text has an escape that is half of a
-// surrogate pair. Backslashes occur in strings only.
-func hasHalfPair(text []byte) bool {
-	for {
-		i := bytes.IndexByte(text, '\\')
-		if i < 0 {
-			return false
-		}
-		r := escaped(text[i:])
-		text = text[i+len(`\n`):]
-		if utf16.IsSurrogate(r) {
-			text = text[len(`0000`):]
-			if utf16.DecodeRune(r, escaped(text)) == unicode.ReplacementChar {
-				return true
-			}
-			text = text[len(`\u0000`):]
+	for _, m := range jsonEscape.FindAllSubmatchIndex(text, -1) {
+		if m[2] >= 0 {
+			return errors.New("a \\u escape that is half of a surrogate pair")
 		}
 	}
+	dec := json.NewDecoder(bytes.NewReader(text))
+	dec.UseNumber() // a number may be too large for a float64
+	return checkNames(dec)
 }
 
-// escaped returns the UTF-16 code unit of the \uXXXX that text begins with, or
-// 0 if it begins with something else.
-func escaped(text []byte) rune {
-	if len(text) < 6 || text[0] != '\\' || text[1] != 'u' {
-		return 0
+// jsonEscape matches an escape in a JSON string. Its group is half of a
+// surrogate pair.
+var jsonEscape = regexp.MustCompile(`\\(?:u[dD][89abAB]..\\u[dD][c-fC-F]..|(u[dD][89a-fA-F]..)|.)`)
+
+// checkNames reads a value of a valid text. It returns an error if an object in
+// it has the same name twice.
+func checkNames(dec *json.Decoder) error {
+	open, _ := dec.Token()
+	if open != json.Delim('{') && open != json.Delim('[') {
+		return nil
 	}
-	n, _ := strconv.ParseUint(string(text[2:6]), 16, 16)
-	return rune(n)
-}
-
-// checkNames returns an error if an object in a valid JSON text has the same
-// name twice.
-func checkNames(text []byte) error {
-	var scopes []map[string]bool // the names in the objects around text[i]; nil for an array
-	for i := 0; i < len(text); i++ {
-		switch text[i] {
-		case '{':
-			scopes = append(scopes, map[string]bool{})
-		case '[':
-			scopes = append(scopes, nil)
-		case '}', ']':
-			scopes = scopes[:len(scopes)-1]
-		case '"':
-			begin := i
-			for i++; text[i] != '"'; i++ {
-				if text[i] == '\\' {
-					i++
-				}
-			}
-			if rest := bytes.TrimLeft(text[i+1:], " \t\r\n"); len(rest) == 0 || rest[0] != ':' {
-				continue // a value
-			}
-			var name string
-			json.Unmarshal(text[begin:i+1], &name) // cannot fail
-			names := scopes[len(scopes)-1]
+	names := map[json.Token]bool{}
+	for dec.More() {
+		if open == json.Delim('{') {
+			name, _ := dec.Token()
 			if names[name] {
 				return fmt.Errorf("the member %q is repeated", name)
 			}
 			names[name] = true
 		}
+		if err := checkNames(dec); err != nil {
+			return err
+		}
 	}
-	return nil
+	_, err := dec.Token() // } or ]
+	return err
 }
 
 // appendString appends a string, which must be valid UTF-8, or null.

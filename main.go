@@ -1,22 +1,19 @@
-// Tasks keeps tasks in PostgreSQL and serves them as a REST API on /api/tasks.
-//
 // Usage:
 //
 //	tasks [-h] [-healthcheck]
 //
-// It is configured by environment variables; -h lists them. Without
-// DATABASE_URL it runs a private PostgreSQL of its own, whose data it keeps in
-// .postgres of the working directory. With -healthcheck it does not serve but
-// asks a running service, found by the same variables, whether it is up.
+// The program is configured by environment variables; -h lists them. Without
+// DATABASE_URL it runs a private PostgreSQL, whose data it keeps in .postgres of
+// the working directory. With -healthcheck it asks a running service, which it
+// finds by the same variables, whether it is up.
 //
-// SIGINT and SIGTERM stop it: /readyz turns 503, the requests in flight finish,
-// and it exits with 0, or with 1 when they did not within SHUTDOWN_TIMEOUT. A
-// second signal ends it at once. Invalid settings exit with 2, any other
+// On SIGINT or SIGTERM, /readyz turns 503, the requests in flight finish, and the
+// program exits with 0, or with 1 if they did not finish within SHUTDOWN_TIMEOUT.
+// A second signal ends it at once. Invalid settings exit with 2, any other
 // failure to start with 1.
 package main
 
 import (
-	"cmp"
 	"context"
 	"errors"
 	"flag"
@@ -28,22 +25,20 @@ import (
 	"os"
 	"os/signal"
 	"regexp"
+	"runtime/debug"
 	"strconv"
 	"strings"
-	"sync"
 	"syscall"
 	"time"
 )
 
-// Limits that nobody has to set.
 const (
-	startTimeout      = time.Minute // for a database that may yet come
+	startTimeout      = time.Minute // for a database that is still starting
 	retryInterval     = time.Second
-	drainTime         = 100 * time.Millisecond
 	healthTimeout     = 2 * time.Second
-	writeTimeout      = 50 * time.Second // from a request's headers to the end of the answer
 	maxRequestTimeout = 45 * time.Second // leaves time to read the answer
 	localDir          = ".postgres"
+	gcPercent         = 400 // a fifth more lists a second than with 100, for 13 MB
 )
 
 func main() {
@@ -52,9 +47,12 @@ func main() {
 	signal.Notify(signals, os.Interrupt, syscall.SIGTERM)
 	go func() {
 		<-signals
-		signal.Stop(signals) // so that a second one ends it at once
+		signal.Stop(signals) // so that a second one ends the program at once
 		cancel()
 	}()
+	if os.Getenv("GOGC") == "" && os.Getenv("GOMEMLIMIT") == "" {
+		debug.SetGCPercent(gcPercent)
+	}
 	err := run(ctx, os.Args[1:], os.Getenv, os.Stdout)
 	if err == nil {
 		return
@@ -76,7 +74,7 @@ func run(ctx context.Context, args []string, getenv func(string) string, stdout 
 	healthcheck := flags.Bool("healthcheck", false, "")
 	switch err := flags.Parse(args); {
 	case errors.Is(err, flag.ErrHelp):
-		_, err = io.WriteString(stdout, usage)
+		_, err = io.WriteString(stdout, usage())
 		return err
 	case err != nil:
 		return usageError{err}
@@ -93,32 +91,6 @@ func run(ctx context.Context, args []string, getenv func(string) string, stdout 
 	return serve(ctx, cfg)
 }
 
-// usage is what -h prints.
-const usage = `Tasks keeps tasks in PostgreSQL and serves them on /api/tasks; /docs documents it.
-
-Usage: tasks [-h] [-healthcheck]
-
-  -h            print this help
-  -healthcheck  ask a running service whether it is up, and exit with 0 or 1
-
-Environment variables, an empty one counting as unset:
-
-  DATABASE_URL      PostgreSQL to use, a URL or keywords and values as libpq takes
-                    them; by default a private one, kept in .postgres
-  ADDR              address to listen on (localhost:8080)
-  PORT              port to listen on, on all interfaces, if ADDR is unset
-  DB_MAX_CONNS      connections to PostgreSQL (10)
-  DB_PREPARE        prepare statements: faster, but not behind a pooler in transaction
-                    mode; true or false (false, but true for the private PostgreSQL)
-  REQUEST_TIMEOUT   deadline of one request, at most 45s (5s)
-  MAX_IN_FLIGHT     requests on tasks served at once; one more is 503 (1000)
-  SHUTDOWN_TIMEOUT  how long a stop waits for the requests in flight (10s)
-  CORS_ORIGINS      origins, separated by commas, whose pages may use the API, or * (none)
-  LOG_LEVEL         debug, info, warn or error (info)
-  LOG_FORMAT        text or json (text)
-  PG_BIN            directory of the private PostgreSQL's programs (searched for)
-`
-
 // config is what the environment says.
 type config struct {
 	databaseURL     string // "": a private PostgreSQL
@@ -127,131 +99,174 @@ type config struct {
 	addr            string
 	maxConns        int
 	shutdownTimeout time.Duration
+	shutdownDelay   time.Duration
 	options         Options
-	hints           io.Writer // where to tell a person what to do next; not nil
+	logLevel        slog.Level
+	logFormat       string
+	hints           io.Writer // tells a person what to do next; not nil
 }
 
-// configure reads the environment. Its errors name the variable.
-func configure(getenv func(string) string, stdout io.Writer) (config, error) {
-	env := environment{getenv: getenv}
-	cfg := config{
-		databaseURL:     getenv("DATABASE_URL"),
-		prepare:         env.prepare(),
-		pgBin:           getenv("PG_BIN"),
-		addr:            env.addr(),
-		maxConns:        env.number("DB_MAX_CONNS", 10, 10_000),
-		shutdownTimeout: env.duration("SHUTDOWN_TIMEOUT", 10*time.Second, time.Hour),
-		options: Options{
-			RequestTimeout: env.duration("REQUEST_TIMEOUT", 5*time.Second, maxRequestTimeout),
-			MaxInFlight:    env.number("MAX_IN_FLIGHT", 1000, 1_000_000),
-			CORSOrigins:    env.origins(),
-			Logger:         slog.New(env.logHandler(stdout)),
-		},
-		hints: io.Discard,
-	}
-	if cmp.Or(getenv("LOG_FORMAT"), "text") == "text" {
-		cfg.hints = stdout
-	}
-	return cfg, env.err
+// variable is an environment variable that sets something.
+type variable struct {
+	name, byDefault string
+	help            string
+	want            string // what its value must be
+	set             func(c *config, value string) (ok bool)
 }
 
-// environment reads variables and keeps the first error.
-type environment struct {
-	getenv func(string) string
-	err    error
-}
-
-func (e *environment) invalid(name, want string) {
-	if e.err == nil {
-		e.err = fmt.Errorf("%s is %q; it must be %s", name, e.getenv(name), want)
+// variables returns all of them. ADDR comes after PORT, which it overrides.
+func variables() []variable {
+	return []variable{
+		{"DATABASE_URL", "", "PostgreSQL to use: a URL, or keywords and values, as libpq reads them; unset: a private one, kept in " + localDir, "",
+			func(c *config, v string) bool { c.databaseURL = v; return true }},
+		{"PORT", "", "port to listen on, on all interfaces; ADDR overrides it", "a port number",
+			func(c *config, v string) bool { c.addr = ":" + v; return isAddr(c.addr) }},
+		{"ADDR", "localhost:8080", "address to listen on", "host:port or :port",
+			func(c *config, v string) bool { c.addr = v; return isAddr(v) }},
+		{"DB_MAX_CONNS", "10", "connections to PostgreSQL", "a number from 1 to 10000",
+			number(10_000, func(c *config) *int { return &c.maxConns })},
+		{"DB_PREPARE", "auto", "prepare statements: auto (on direct connections), true or false; true behind a transaction-mode pooler destroys data", "auto, true or false",
+			func(c *config, v string) (ok bool) {
+				c.prepare, ok = map[string]prepareMode{"auto": prepareAuto, "true": prepareAlways, "false": prepareNever}[v]
+				return ok
+			}},
+		{"REQUEST_TIMEOUT", "5s", "deadline of one request, at most 45s", "a duration such as 5s, at most 45s",
+			duration(1, maxRequestTimeout, func(c *config) *time.Duration { return &c.options.RequestTimeout })},
+		{"MAX_IN_FLIGHT", "1000", "API requests served at once; one more is 503", "a number from 1 to 1000000",
+			number(1_000_000, func(c *config) *int { return &c.options.MaxInFlight })},
+		{"SHUTDOWN_DELAY", "0s", "how long a stop goes on accepting requests, with /readyz 503", "a duration such as 5s, at most 1h",
+			duration(0, time.Hour, func(c *config) *time.Duration { return &c.shutdownDelay })},
+		{"SHUTDOWN_TIMEOUT", "10s", "how long it then waits for requests in flight", "a duration such as 10s, at most 1h",
+			duration(1, time.Hour, func(c *config) *time.Duration { return &c.shutdownTimeout })},
+		{"USER_HEADER", "", "header in which an authenticating proxy passes the user, such as X-Forwarded-User", "the name of a header",
+			func(c *config, v string) bool {
+				c.options.Authenticate = userHeader(v)
+				return matches(v, "[A-Za-z0-9_-]+")
+			}},
+		{"ALLOWED_HOSTS", "", "names that requests may have as Host, separated by commas, or *; unset: localhost on a loopback address, any on others", "* or host names without port, separated by commas",
+			list(isHost, func(c *config) *[]string { return &c.options.Hosts })},
+		{"PATH_PREFIX", "", "path below which clients see the service and which a proxy removes, such as /todo", "a path such as /todo, without a slash at its end",
+			func(c *config, v string) bool {
+				c.options.Prefix = v
+				return matches(v, "(/[A-Za-z0-9._~!$&'()*+,;=:@%-]+)+")
+			}},
+		{"CORS_ORIGINS", "", "origins whose pages may use the API, separated by commas, or *", "* or a list of origins such as https://example.com, as browsers send them, separated by commas",
+			list(isOrigin, func(c *config) *[]string { return &c.options.CORSOrigins })},
+		{"LOG_LEVEL", "info", "debug, info, warn or error", "debug, info, warn or error",
+			func(c *config, v string) bool { return c.logLevel.UnmarshalText([]byte(v)) == nil }},
+		{"LOG_FORMAT", "text", "text or json", "text or json",
+			func(c *config, v string) bool { c.logFormat = v; return v == "text" || v == "json" }},
+		{"PG_BIN", "", "directory of the private PostgreSQL's programs; unset: searched for", "",
+			func(c *config, v string) bool { c.pgBin = v; return true }},
 	}
 }
 
-func (e *environment) number(name string, def, most int) int {
-	n, err := strconv.Atoi(cmp.Or(e.getenv(name), strconv.Itoa(def)))
-	if err != nil || n < 1 || n > most {
-		e.invalid(name, fmt.Sprintf("a number from 1 to %d", most))
-	}
-	return n
-}
-
-func (e *environment) duration(name string, def, most time.Duration) time.Duration {
-	d, err := time.ParseDuration(cmp.Or(e.getenv(name), def.String()))
-	if err != nil || d <= 0 || d > most {
-		e.invalid(name, fmt.Sprintf("a duration such as %v, at most %v", def, most))
-	}
-	return d
-}
-
-func (e *environment) prepare() prepareMode {
-	switch e.getenv("DB_PREPARE") {
-	case "", "auto":
-		return prepareAuto
-	case "true":
-		return prepareAlways
-	case "false":
-		return prepareNever
-	}
-	e.invalid("DB_PREPARE", "auto, true or false")
-	return prepareNever
-}
-
-func (e *environment) addr() string {
-	name, want, addr := "ADDR", "host:port or :port", cmp.Or(e.getenv("ADDR"), "localhost:8080")
-	if port := e.getenv("PORT"); e.getenv("ADDR") == "" && port != "" {
-		name, want, addr = "PORT", "a port number", ":"+port
-	}
-	_, port, err := net.SplitHostPort(addr)
-	if _, portErr := strconv.ParseUint(port, 10, 16); err != nil || portErr != nil {
-		e.invalid(name, want)
-	}
-	return addr
-}
-
-func (e *environment) origins() []string {
-	const name = "CORS_ORIGINS"
-	var origins []string
-	for origin := range strings.SplitSeq(e.getenv(name), ",") {
-		origin = strings.TrimSpace(origin)
-		switch {
-		case origin == "":
-			continue
-		case origin != "*" && !isOrigin(origin):
-			e.invalid(name, "* or a list of origins such as https://example.com, as browsers send them, separated by commas")
+// usage returns what -h prints.
+func usage() string {
+	var b strings.Builder
+	b.WriteString("Tasks keeps tasks in PostgreSQL and serves them on /api/tasks; /docs documents it.\n\n" +
+		"Usage: tasks [-h] [-healthcheck]\n\n" +
+		"  -h            print this help\n" +
+		"  -healthcheck  ask a running service whether it is up, and exit with 0 or 1\n\n" +
+		"Environment variables; an empty one counts as unset:\n\n")
+	for _, s := range variables() {
+		help := s.help
+		if s.byDefault != "" {
+			help += " (" + s.byDefault + ")"
 		}
-		origins = append(origins, origin)
+		fmt.Fprintf(&b, "  %-16s  %s\n", s.name, help)
 	}
-	return origins
+	return b.String()
+}
+
+// configure reads the environment.
+func configure(getenv func(string) string, stdout io.Writer) (cfg config, err error) {
+	all := variables()
+	for _, s := range all {
+		if s.byDefault != "" {
+			s.set(&cfg, s.byDefault)
+		}
+	}
+	for _, s := range all {
+		if value := getenv(s.name); value != "" && !s.set(&cfg, value) {
+			return cfg, fmt.Errorf("%s is %q; it must be %s", s.name, value, s.want)
+		}
+	}
+	opts := &slog.HandlerOptions{Level: cfg.logLevel}
+	cfg.options.Logger, cfg.hints = slog.New(slog.NewTextHandler(stdout, opts)), stdout
+	if cfg.logFormat == "json" {
+		cfg.options.Logger, cfg.hints = slog.New(slog.NewJSONHandler(stdout, opts)), io.Discard
+	}
+	return cfg, nil
+}
+
+func number(most int, field func(*config) *int) func(*config, string) bool {
+	return func(c *config, value string) bool {
+		n, err := strconv.Atoi(value)
+		*field(c) = n
+		return err == nil && 1 <= n && n <= most
+	}
+}
+
+func duration(least, most time.Duration, field func(*config) *time.Duration) func(*config, string) bool {
+	return func(c *config, value string) bool {
+		d, err := time.ParseDuration(value)
+		*field(c) = d
+		return err == nil && least <= d && d <= most
+	}
+}
+
+// list reads values that are separated by commas.
+func list(valid func(string) bool, field func(*config) *[]string) func(*config, string) bool {
+	return func(c *config, value string) bool {
+		for v := range strings.SplitSeq(value, ",") {
+			if v = strings.TrimSpace(v); v == "" {
+				continue
+			}
+			if v != "*" && !valid(v) {
+				return false
+			}
+			*field(c) = append(*field(c), v)
+		}
+		return true
+	}
+}
+
+// matches reports whether a regular expression matches the whole of s.
+func matches(s, expression string) bool {
+	return regexp.MustCompile("^(?:" + expression + ")$").MatchString(s)
+}
+
+func isAddr(s string) bool {
+	_, port, err := net.SplitHostPort(s)
+	_, portErr := strconv.ParseUint(port, 10, 16)
+	return err == nil && portErr == nil
+}
+
+func isHost(s string) bool {
+	return matches(s, `[A-Za-z0-9._-]+`) || net.ParseIP(strings.Trim(s, "[]")) != nil
 }
 
 // isOrigin reports whether s is an origin as browsers send it (RFC 6454 §6.2):
-// all in lower case, in ASCII, and without the scheme's own port.
+// in lower case and ASCII, without the scheme's own port.
 func isOrigin(s string) bool {
-	form := regexp.MustCompile(`^([a-z][a-z0-9+.-]*)://([a-z0-9._-]+|\[[0-9a-f:.]+\])(:[1-9][0-9]{0,4})?$`)
-	m := form.FindStringSubmatch(s)
-	return m != nil && m[1]+m[3] != "http:80" && m[1]+m[3] != "https:443"
+	return matches(s, `[a-z][a-z0-9+.-]*://([a-z0-9._-]+|\[[0-9a-f:.]+\])(:[1-9][0-9]{0,4})?`) && !matches(s, `http:.*:80|https:.*:443`)
 }
 
-func (e *environment) logHandler(w io.Writer) slog.Handler {
-	opts := &slog.HandlerOptions{}
-	var level slog.Level
-	if err := level.UnmarshalText([]byte(cmp.Or(e.getenv("LOG_LEVEL"), "info"))); err != nil {
-		e.invalid("LOG_LEVEL", "debug, info, warn or error")
+// userHeader authenticates requests by a header that a proxy sets.
+func userHeader(name string) func(*http.Request) (string, error) {
+	return func(r *http.Request) (string, error) {
+		users := r.Header.Values(name)
+		if len(users) != 1 || users[0] == "" {
+			return "", fmt.Errorf("%d values of %s", len(users), name)
+		}
+		return users[0], nil
 	}
-	opts.Level = level
-	switch e.getenv("LOG_FORMAT") {
-	case "", "text":
-		return slog.NewTextHandler(w, opts)
-	case "json":
-	default:
-		e.invalid("LOG_FORMAT", "text or json")
-	}
-	return slog.NewJSONHandler(w, opts)
 }
 
 // checkHealth asks the service at addr whether it is up.
 func checkHealth(addr string) error {
-	client := http.Client{Timeout: healthTimeout}
+	client := http.Client{Timeout: healthTimeout, Transport: &http.Transport{}} // not the proxy of the environment
 	resp, err := client.Get(serviceURL(addr) + "/healthz")
 	if err != nil {
 		return err
@@ -274,18 +289,18 @@ func serviceURL(addr string) string {
 
 // serve runs the service until ctx ends.
 func serve(ctx context.Context, cfg config) (err error) {
-	databaseURL, log := cfg.databaseURL, cfg.options.Logger
-	if databaseURL == "" {
+	log := cfg.options.Logger
+	if cfg.databaseURL == "" {
 		unsetLibpq()
 		log.Info("starting a private PostgreSQL", "directory", localDir)
-		local, startErr := startLocalDB(ctx, localDir, cfg.pgBin, fmt.Sprintf("max_connections=%d", max(100, cfg.maxConns+10)))
-		if startErr != nil {
-			return unlessStopped(ctx, startErr)
+		local, err := startLocalDB(ctx, localDir, cfg.pgBin, fmt.Sprintf("max_connections=%d", max(100, cfg.maxConns+10)))
+		if err != nil {
+			return unlessStopped(ctx, err)
 		}
 		defer func() { err = errors.Join(err, local.Stop()) }()
-		databaseURL, cfg.prepare = local.URL, prepareAlways
+		cfg.databaseURL, cfg.prepare = local.URL, prepareAlways
 	}
-	db, err := openDB(databaseURL, cfg.prepare)
+	db, err := openDB(cfg.databaseURL, cfg.prepare)
 	if err != nil {
 		return usageError{fmt.Errorf("DATABASE_URL: %w", err)}
 	}
@@ -300,15 +315,16 @@ func serve(ctx context.Context, cfg config) (err error) {
 	if err != nil {
 		return fmt.Errorf("%w (ADDR or PORT chooses another address)", err)
 	}
+	addr := listener.Addr().(*net.TCPAddr)
+	if addr.IP.IsLoopback() && cfg.options.Hosts == nil {
+		cfg.options.Hosts = []string{"localhost"} // against DNS rebinding
+	}
 	handler := NewHandler(store, cfg.options)
-	tracked := &tracker{handler: handler, inFlight: new(sync.WaitGroup)}
-	server := newHTTPServer(tracked, log)
-	server.ConnState = tracked.connState
+	server := NewServer(handler, handler)
 	served := make(chan error, 1)
 	go func() { served <- server.Serve(listener) }()
-	_, port, _ := net.SplitHostPort(listener.Addr().String()) // ADDR's may be 0
 	host, _, _ := net.SplitHostPort(cfg.addr)
-	where := serviceURL(net.JoinHostPort(host, port))
+	where := serviceURL(net.JoinHostPort(host, strconv.Itoa(addr.Port))) + cfg.options.Prefix
 	log.Info("serving", "url", where+"/api/tasks", "docs", where+"/docs")
 	fmt.Fprintf(cfg.hints, "Try: curl -i %s/api/tasks -H 'Content-Type: application/json' -d '{\"title\": \"Buy milk\"}'\n", where)
 	select {
@@ -318,10 +334,16 @@ func serve(ctx context.Context, cfg config) (err error) {
 	}
 	log.Info("stopping")
 	handler.Drain()
-	return stop(server, listener, served, tracked, cfg.shutdownTimeout)
+	time.Sleep(cfg.shutdownDelay)
+	ctx, cancel := context.WithTimeout(context.Background(), cfg.shutdownTimeout)
+	defer cancel()
+	if err := server.Shutdown(ctx); err != nil {
+		return fmt.Errorf("requests were still in flight after %v: %w", cfg.shutdownTimeout, err)
+	}
+	return nil
 }
 
-// unsetLibpq unsets the environment variables of libpq: they are about another
+// unsetLibpq unsets libpq's environment variables, which are about another
 // server than the private one.
 func unsetLibpq() {
 	for _, variable := range os.Environ() {
@@ -331,21 +353,7 @@ func unsetLibpq() {
 	}
 }
 
-// newHTTPServer returns a server that nobody can keep busy by being slow.
-func newHTTPServer(handler http.Handler, log *slog.Logger) *http.Server {
-	return &http.Server{
-		Handler:                      handler,
-		DisableGeneralOptionsHandler: true,     // the handler answers OPTIONS *
-		MaxHeaderBytes:               64 << 10, // a 422 is up to 30 times as long as the query it is about
-		ReadHeaderTimeout:            10 * time.Second,
-		ReadTimeout:                  time.Minute, // of a whole request
-		WriteTimeout:                 writeTimeout,
-		IdleTimeout:                  2 * time.Minute,
-		ErrorLog:                     slog.NewLogLogger(log.Handler(), slog.LevelWarn),
-	}
-}
-
-// unlessStopped returns the error of a start, or nil if it was told to stop.
+// unlessStopped returns the error of a start, or nil if ctx has ended it.
 func unlessStopped(ctx context.Context, err error) error {
 	if ctx.Err() != nil {
 		return nil
@@ -353,13 +361,13 @@ func unlessStopped(ctx context.Context, err error) error {
 	return err
 }
 
-// migrate applies the schema, waiting for a database that may yet come.
+// migrate applies the schema, waiting for a database that is still starting.
 func migrate(ctx context.Context, store *Store, log *slog.Logger) error {
 	ctx, cancel := context.WithTimeout(ctx, startTimeout)
 	defer cancel()
 	for {
 		err := store.Migrate(ctx)
-		if err == nil || !transient(err) {
+		if err == nil || !errors.Is(err, ErrUnavailable) {
 			return err
 		}
 		log.Warn("the database is not ready yet", "error", err)
@@ -369,79 +377,4 @@ func migrate(ctx context.Context, store *Store, log *slog.Logger) error {
 		case <-time.After(retryInterval):
 		}
 	}
-}
-
-// stop waits until the requests in flight have been answered, and then ends the
-// server. The listener is open until then, so that probes see that the service
-// is not ready any more. Two pauses see to it that no request is lost on its
-// way. In the first one new requests wait: all who go on sending are then waiting
-// for an answer, and nobody is just about to connect when the listener is closed.
-// In the second one they get that answer, which is the last on its connection:
-// those that are closed after it are idle.
-func stop(server *http.Server, listener net.Listener, served <-chan error, t *tracker, timeout time.Duration) error {
-	ctx, cancel := context.WithTimeout(context.Background(), timeout)
-	defer cancel()
-	select {
-	case <-ctx.Done():
-	case <-t.answered():
-		t.mu.Lock()
-		time.Sleep(drainTime)
-		listener.Close()
-		<-served
-		t.leaving = true
-		t.mu.Unlock()
-		time.Sleep(drainTime)
-	}
-	for c := range t.silent.Range { // for which Shutdown would wait
-		c.(net.Conn).Close()
-	}
-	if err := server.Shutdown(ctx); err != nil {
-		server.Close()
-		return fmt.Errorf("requests were still in flight after %v: %w", timeout, err)
-	}
-	return nil
-}
-
-// tracker counts the requests in flight.
-type tracker struct {
-	handler  http.Handler
-	mu       sync.RWMutex // held for writing, it keeps new requests waiting
-	leaving  bool         // each answer is the last on its connection
-	inFlight *sync.WaitGroup
-	silent   sync.Map // connections on which no request has come yet, as keys
-}
-
-func (t *tracker) ServeHTTP(w http.ResponseWriter, r *http.Request) {
-	t.mu.RLock()
-	inFlight := t.inFlight
-	inFlight.Add(1)
-	if t.leaving {
-		w.Header().Set("Connection", "close")
-	}
-	t.mu.RUnlock()
-	defer inFlight.Done()
-	t.handler.ServeHTTP(w, r)
-}
-
-func (t *tracker) connState(c net.Conn, state http.ConnState) {
-	if state == http.StateNew {
-		t.silent.Store(c, nil)
-	} else {
-		t.silent.Delete(c)
-	}
-}
-
-// answered returns a channel that is closed when the requests that are in flight
-// have been answered. Later ones do not count: under load there is always one.
-func (t *tracker) answered() <-chan struct{} {
-	t.mu.Lock()
-	inFlight := t.inFlight
-	t.inFlight = new(sync.WaitGroup)
-	t.mu.Unlock()
-	done := make(chan struct{})
-	go func() {
-		inFlight.Wait()
-		close(done)
-	}()
-	return done
 }

@@ -15,6 +15,7 @@ import (
 	"net/netip"
 	"net/url"
 	"os"
+	"regexp"
 	"slices"
 	"strconv"
 	"strings"
@@ -292,16 +293,16 @@ func isVisible(s string, most int) bool {
 func (r *request) target() Target {
 	t := Target{ID: r.id, Owner: r.Owner}
 	if fields := r.Header.Values("If-Match"); fields != nil {
-		if tags, any := parseTags(fields); !any {
+		if tags, star := parseTags(fields); !star {
 			t.Match = versions(tags)
 		}
 	}
 	if fields := r.Header.Values("If-None-Match"); fields != nil {
-		tags, any := parseTags(fields)
+		tags, star := parseTags(fields)
 		for i := range tags {
 			tags[i] = strings.TrimPrefix(tags[i], "W/") // the comparison is weak
 		}
-		t.NoneMatch, t.NoneMatchAny = versions(tags), any
+		t.NoneMatch, t.NoneMatchAny = versions(tags), star
 	}
 	return t
 }
@@ -327,29 +328,22 @@ func versions(tags []string) []int64 {
 	return versions
 }
 
+// Entity tags (RFC 9110 §8.8.3), and lists of them (§5.6.1).
+const tagPattern = `(?:W/)?"[^\x00-\x20"\x7f]*"`
+
+var (
+	tagForm = regexp.MustCompile(tagPattern)
+	tagList = regexp.MustCompile(`^[ \t,]*(?:` + tagPattern + `[ \t]*(?:,[ \t,]*|$))*$`)
+)
+
 // parseTags returns the entity tags of a list that may be spread over several
-// fields, or any for a single *. A malformed list has no tags.
-func parseTags(fields []string) (tags []string, any bool) {
+// fields, or star for a single *. A malformed list has no tags.
+func parseTags(fields []string) (tags []string, star bool) {
 	list := strings.Join(fields, ",")
-	if strings.Trim(list, " \t") == "*" {
-		return nil, true
+	if tagList.MatchString(list) {
+		tags = tagForm.FindAllString(list, -1)
 	}
-	for {
-		list = strings.TrimLeft(list, " \t,")
-		if list == "" {
-			return tags, false
-		}
-		opaque, ok := strings.CutPrefix(strings.TrimPrefix(list, "W/"), `"`)
-		opaque, rest, closed := strings.Cut(opaque, `"`)
-		if !ok || !closed || strings.ContainsFunc(opaque, func(r rune) bool { return r <= ' ' || r == 0x7f }) {
-			return nil, false
-		}
-		tags = append(tags, strings.TrimSuffix(list, rest))
-		list = strings.TrimLeft(rest, " \t")
-		if list != "" && list[0] != ',' {
-			return nil, false
-		}
-	}
+	return tags, strings.Trim(list, " \t") == "*"
 }
 
 // hostServed reports whether a request with this Host is served. Names compare
