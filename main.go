@@ -30,7 +30,6 @@ import (
 	"regexp"
 	"strconv"
 	"strings"
-	"sync"
 	"syscall"
 	"time"
 )
@@ -39,9 +38,7 @@ import (
 const (
 	startTimeout      = time.Minute // for a database that may yet come
 	retryInterval     = time.Second
-	drainTime         = 100 * time.Millisecond
 	healthTimeout     = 2 * time.Second
-	writeTimeout      = 50 * time.Second // from a request's headers to the end of the answer
 	maxRequestTimeout = 45 * time.Second // leaves time to read the answer
 	localDir          = ".postgres"
 )
@@ -246,7 +243,7 @@ func (e *environment) logHandler(w io.Writer) slog.Handler {
 
 // checkHealth asks the service at addr whether it is up.
 func checkHealth(addr string) error {
-	client := http.Client{Timeout: healthTimeout}
+	client := http.Client{Timeout: healthTimeout, Transport: &http.Transport{}} // through no proxy
 	resp, err := client.Get(serviceURL(addr) + "/healthz")
 	if err != nil {
 		return err
@@ -296,9 +293,7 @@ func serve(ctx context.Context, cfg config) (err error) {
 		return fmt.Errorf("%w (ADDR or PORT chooses another address)", err)
 	}
 	handler := NewHandler(store, cfg.options)
-	tracked := &tracker{handler: handler, inFlight: new(sync.WaitGroup)}
-	server := newHTTPServer(tracked, log)
-	server.ConnState = tracked.connState
+	server := NewServer(handler, handler)
 	served := make(chan error, 1)
 	go func() { served <- server.Serve(listener) }()
 	_, port, _ := net.SplitHostPort(listener.Addr().String()) // ADDR's may be 0
@@ -312,8 +307,12 @@ func serve(ctx context.Context, cfg config) (err error) {
 	case <-ctx.Done():
 	}
 	log.Info("stopping")
-	handler.Drain()
-	return stop(server, listener, served, tracked, cfg.shutdownTimeout)
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), cfg.shutdownTimeout)
+	defer cancel()
+	if err := server.Shutdown(ctx); err != nil {
+		return fmt.Errorf("requests were still in flight after %v: %w", cfg.shutdownTimeout, err)
+	}
+	return nil
 }
 
 // unsetLibpq unsets the environment variables of libpq: they are about another
@@ -323,20 +322,6 @@ func unsetLibpq() {
 		if name, _, _ := strings.Cut(variable, "="); strings.HasPrefix(name, "PG") {
 			os.Unsetenv(name)
 		}
-	}
-}
-
-// newHTTPServer returns a server that nobody can keep busy by being slow.
-func newHTTPServer(handler http.Handler, log *slog.Logger) *http.Server {
-	return &http.Server{
-		Handler:                      handler,
-		DisableGeneralOptionsHandler: true,     // the handler answers OPTIONS *
-		MaxHeaderBytes:               64 << 10, // a 422 is up to 30 times as long as the query it is about
-		ReadHeaderTimeout:            10 * time.Second,
-		ReadTimeout:                  time.Minute, // of a whole request
-		WriteTimeout:                 writeTimeout,
-		IdleTimeout:                  2 * time.Minute,
-		ErrorLog:                     slog.NewLogLogger(log.Handler(), slog.LevelWarn),
 	}
 }
 
@@ -364,79 +349,4 @@ func migrate(ctx context.Context, store *Store, log *slog.Logger) error {
 		case <-time.After(retryInterval):
 		}
 	}
-}
-
-// stop waits until the requests in flight have been answered, and then ends the
-// server. The listener is open until then, so that probes see that the service
-// is not ready any more. Two pauses see to it that no request is lost on its
-// way. In the first one new requests wait: all who go on sending are then waiting
-// for an answer, and nobody is just about to connect when the listener is closed.
-// In the second one they get that answer, which is the last on its connection:
-// those that are closed after it are idle.
-func stop(server *http.Server, listener net.Listener, served <-chan error, t *tracker, timeout time.Duration) error {
-	ctx, cancel := context.WithTimeout(context.Background(), timeout)
-	defer cancel()
-	select {
-	case <-ctx.Done():
-	case <-t.answered():
-		t.mu.Lock()
-		time.Sleep(drainTime)
-		listener.Close()
-		<-served
-		t.leaving = true
-		t.mu.Unlock()
-		time.Sleep(drainTime)
-	}
-	for c := range t.silent.Range { // for which Shutdown would wait
-		c.(net.Conn).Close()
-	}
-	if err := server.Shutdown(ctx); err != nil {
-		server.Close()
-		return fmt.Errorf("requests were still in flight after %v: %w", timeout, err)
-	}
-	return nil
-}
-
-// tracker counts the requests in flight.
-type tracker struct {
-	handler  http.Handler
-	mu       sync.RWMutex // held for writing, it keeps new requests waiting
-	leaving  bool         // each answer is the last on its connection
-	inFlight *sync.WaitGroup
-	silent   sync.Map // connections on which no request has come yet, as keys
-}
-
-func (t *tracker) ServeHTTP(w http.ResponseWriter, r *http.Request) {
-	t.mu.RLock()
-	inFlight := t.inFlight
-	inFlight.Add(1)
-	if t.leaving {
-		w.Header().Set("Connection", "close")
-	}
-	t.mu.RUnlock()
-	defer inFlight.Done()
-	t.handler.ServeHTTP(w, r)
-}
-
-func (t *tracker) connState(c net.Conn, state http.ConnState) {
-	if state == http.StateNew {
-		t.silent.Store(c, nil)
-	} else {
-		t.silent.Delete(c)
-	}
-}
-
-// answered returns a channel that is closed when the requests that are in flight
-// have been answered. Later ones do not count: under load there is always one.
-func (t *tracker) answered() <-chan struct{} {
-	t.mu.Lock()
-	inFlight := t.inFlight
-	t.inFlight = new(sync.WaitGroup)
-	t.mu.Unlock()
-	done := make(chan struct{})
-	go func() {
-		inFlight.Wait()
-		close(done)
-	}()
-	return done
 }
