@@ -266,7 +266,7 @@ func userHeader(name string) func(*http.Request) (string, error) {
 
 // checkHealth asks the service at addr whether it is up.
 func checkHealth(addr string) error {
-	client := http.Client{Timeout: healthTimeout, Transport: &http.Transport{}} // not the proxy of the environment
+	client := http.Client{Timeout: healthTimeout, Transport: &http.Transport{}} // through no proxy
 	resp, err := client.Get(serviceURL(addr) + "/healthz")
 	if err != nil {
 		return err
@@ -335,7 +335,7 @@ func serve(ctx context.Context, cfg config) (err error) {
 	log.Info("stopping")
 	handler.Drain()
 	time.Sleep(cfg.shutdownDelay)
-	ctx, cancel := context.WithTimeout(context.Background(), cfg.shutdownTimeout)
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), cfg.shutdownTimeout)
 	defer cancel()
 	if err := server.Shutdown(ctx); err != nil {
 		return fmt.Errorf("requests were still in flight after %v: %w", cfg.shutdownTimeout, err)

@@ -10,15 +10,14 @@ import (
 	"cmp"
 	"context"
 	"encoding/json"
-	"errors"
 	"fmt"
 	"io"
-	"log/slog"
 	"net"
 	"net/http"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"reflect"
 	"regexp"
 	"runtime"
 	"runtime/debug"
@@ -26,7 +25,6 @@ import (
 	"strconv"
 	"strings"
 	"sync"
-	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -264,34 +262,26 @@ func (p *process) exit(code int) string {
 	return p.stderr.String()
 }
 
-// Every variable that is read has its line in the help, with its default, and
-// its row in the README.
+// Every variable has its line in the help, with its default, and its row in the
+// README.
 func TestHelp(t *testing.T) {
 	t.Parallel()
 	help := runWith(t, nil, "-h")
-	if err := help.wait(); err != nil || help.log.String() != usage {
-		t.Errorf("error %v, output:\n%s", err, help.log)
+	if err := help.wait(); err != nil {
+		t.Error(err)
 	}
-	defaults := map[string]string{"ADDR": "localhost:8080", "DB_MAX_CONNS": "10", "REQUEST_TIMEOUT": "5s", "MAX_IN_FLIGHT": "1000",
-		"SHUTDOWN_TIMEOUT": "10s", "CORS_ORIGINS": "none", "LOG_LEVEL": "info", "LOG_FORMAT": "text"}
 	readme, err := os.ReadFile("README.md")
 	if err != nil {
 		t.Fatal(err)
 	}
-	read := 0
-	configure(func(name string) string {
-		read++
-		line := regexp.MustCompile(`(?m)^  ` + name + ` +\S.*(\n {10,}.*)*`).FindString(usage)
-		if want := defaults[name]; line == "" || want != "" && !strings.HasSuffix(line, "("+want+")") {
-			t.Errorf("in the help %s is %q, want its default %q in parentheses", name, line, want)
+	for _, v := range variables() {
+		line := regexp.MustCompile(`(?m)^  ` + v.name + ` +\S.*$`).FindString(help.log.String())
+		if line == "" || v.byDefault != "" && !strings.HasSuffix(line, "("+v.byDefault+")") {
+			t.Errorf("in the help %s is %q, want its default %q in parentheses", v.name, line, v.byDefault)
 		}
-		if !bytes.Contains(readme, []byte("`"+name+"`")) {
-			t.Errorf("the README has no `%s`", name)
+		if !bytes.Contains(readme, []byte("| `"+v.name+"` |")) {
+			t.Errorf("the README has no `%s`", v.name)
 		}
-		return ""
-	}, io.Discard)
-	if read < len(defaults) {
-		t.Errorf("%d variables were read", read)
 	}
 }
 
@@ -301,13 +291,15 @@ func TestDefaults(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	got := fmt.Sprint(cfg.databaseURL, cfg.addr, cfg.maxConns, cfg.options.RequestTimeout, cfg.options.MaxInFlight, cfg.shutdownTimeout, cfg.options.CORSOrigins)
-	if want := fmt.Sprint("", "localhost:8080", 10, 5*time.Second, 1000, 10*time.Second, []string(nil)); got != want {
-		t.Errorf("got %s, want %s", got, want)
-	}
 	log := cfg.options.Logger
 	if log.Enabled(t.Context(), -1) || !log.Enabled(t.Context(), 0) {
 		t.Error("the level of the log is not info")
+	}
+	cfg.options.Logger, cfg.hints = nil, nil
+	want := config{addr: "localhost:8080", maxConns: 10, shutdownTimeout: 10 * time.Second, logFormat: "text",
+		options: Options{RequestTimeout: 5 * time.Second, MaxInFlight: 1000}}
+	if !reflect.DeepEqual(cfg, want) {
+		t.Errorf("got %+v, want %+v", cfg, want)
 	}
 }
 
@@ -322,6 +314,10 @@ func TestInvalidSettings(t *testing.T) {
 		"REQUEST_TIMEOUT":  duration + " 51s",
 		"MAX_IN_FLIGHT":    number + " 1000001",
 		"SHUTDOWN_TIMEOUT": duration + " 61m",
+		"SHUTDOWN_DELAY":   "-1s 5 x 61m",
+		"USER_HEADER":      "X:User é Bücher",
+		"ALLOWED_HOSTS":    "example.com:80 https://example.com a/b [::1]:80 bücher.example a,b:1",
+		"PATH_PREFIX":      "/ todo todo/ /todo/ //todo /a//b /a?b /a#b /<a> /é",
 		"CORS_ORIGINS":     "example.com https://example.com/ https://example.com/a https://u@example.com null https://a.example,b.example http:// *.example.com https://*.example.com https://Example.com https://example.com:443 http://example.com:80 https://example.com: https://example.com:0 https://bücher.example",
 		"LOG_LEVEL":        "x 1 warning",
 		"LOG_FORMAT":       "x JSON",
@@ -377,7 +373,6 @@ func TestInvalidDatabaseURL(t *testing.T) {
 		"postgres://alice:s3cret@host/db?channel_binding=no",
 		"postgresql+psycopg2://alice:s3cret@localhost/db",
 		"postgresql+psycopg2://alice:s3cret@localhost/db?sslmode=require",
-		" postgres://alice:s3cret@localhost/db?sslmode=require",
 		"'postgres://alice:s3cret@localhost/db?sslmode=require'",
 		"psql 'postgres://alice:s3cret@localhost/db?sslmode=require'",
 		"mysql://alice:s3cret@localhost/db?a=b",
@@ -457,15 +452,6 @@ func onTCP(dbURL string, addr net.Addr) string {
 	host, port, _ := net.SplitHostPort(addr.String())
 	dbURL = regexp.MustCompile("host=[^ ]*").ReplaceAllString(dbURL, "host="+host)
 	return regexp.MustCompile("port=[^ ]*").ReplaceAllString(dbURL, "port="+port)
-}
-
-func listen(t testing.TB, addr string) net.Listener {
-	t.Helper()
-	listener, err := net.Listen("tcp", addr)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return listener
 }
 
 func TestStartBeforeDatabase(t *testing.T) {
@@ -617,154 +603,39 @@ func TestHint(t *testing.T) {
 	}
 }
 
-// While requests are in flight a stopping service says that it is not ready, on
-// new connections too, and serves all else.
-func TestStopWaits(t *testing.T) {
+// A signal stops the program once the request in flight has been answered, or
+// when SHUTDOWN_TIMEOUT has passed. A second one ends it.
+func TestStop(t *testing.T) {
 	t.Parallel()
-	s := serving(t, settings{"DATABASE_URL": newDatabase(t)})
-	held := s.hold()
-	s.log.expected.Store(true)
-	s.stop()
-	s.logged("msg=stopping")
-	waitFor(t, "/readyz to turn", func() bool {
-		status, _ := s.get("/readyz")
-		return status == http.StatusServiceUnavailable
-	})
-	for begin := time.Now(); time.Since(begin) < 3*drainTime; {
-		if status, _ := s.get("/readyz"); status != http.StatusServiceUnavailable {
-			t.Fatalf("ready again: %d", status)
-		}
-	}
-	s.post("while stopping")
-	if status := held.finish(); status != http.StatusCreated {
-		t.Errorf("the request in flight got %d", status)
-	}
-	if err := s.wait(); err != nil {
-		t.Error(err)
-	}
-	if conn, err := net.Dial("tcp", s.addr()); err == nil {
-		conn.Close()
-		t.Error("there is still a listener")
-	}
-}
-
-// A connection on which nothing comes, as browsers open them ahead, does not
-// keep a stop waiting.
-func TestStopSilentConnection(t *testing.T) {
-	t.Parallel()
-	p := start(t, t.TempDir(), settings{"DATABASE_URL": newDatabase(t), "SHUTDOWN_TIMEOUT": "3s"})
-	conn, err := net.Dial("tcp", p.addr())
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer conn.Close()
-	p.post("by another") // which has come later, so the first has been accepted
-	p.signal(syscall.SIGTERM)
-	p.exit(0)
-}
-
-func TestStopTakesTooLong(t *testing.T) {
-	t.Parallel()
-	p := start(t, t.TempDir(), settings{"DATABASE_URL": newDatabase(t), "SHUTDOWN_TIMEOUT": "200ms", "REQUEST_TIMEOUT": "45s"})
-	p.hold()
-	p.signal(syscall.SIGTERM)
-	if said := p.exit(1); !strings.Contains(said, "still in flight after 200ms") {
-		t.Errorf("said %q", said)
-	}
-}
-
-func TestStopTwice(t *testing.T) {
-	t.Parallel()
-	p := start(t, t.TempDir(), settings{"DATABASE_URL": newDatabase(t), "SHUTDOWN_TIMEOUT": "1h", "REQUEST_TIMEOUT": "45s"})
-	p.hold()
-	p.signal(syscall.SIGTERM)
-	p.logged("msg=stopping")
-	p.signal(syscall.SIGTERM)
-	p.exit(-1) // by the signal
-}
-
-// No request that reaches the service fails because it is told to stop. (Nor
-// does one before, and there are many at any moment.)
-func TestStopUnderLoad(t *testing.T) {
-	t.Parallel()
-	p := start(t, t.TempDir(), settings{"DATABASE_URL": newDatabase(t), "LOG_LEVEL": "warn"})
-	addr := p.addr()
-	var clients sync.WaitGroup
-	var answers atomic.Int64
-	for range 16 {
-		clients.Go(func() {
-			if err := keepAsking(addr, &answers); !errors.Is(err, errNoListener) {
-				t.Error(err)
+	for _, test := range []struct {
+		name    string
+		timeout string
+		then    func(p *process, held *heldRequest)
+		code    int
+		says    string // on the standard error
+	}{
+		{"finish", "1h", func(p *process, held *heldRequest) {
+			if status, _ := p.get("/readyz"); status != http.StatusServiceUnavailable {
+				p.t.Errorf("/readyz: %d", status)
+			}
+			if status := held.finish(); status != http.StatusCreated {
+				p.t.Errorf("the request in flight: %d", status)
+			}
+		}, 0, "^$"},
+		{"timeout", "200ms", func(*process, *heldRequest) {}, 1, "^tasks: requests were still in flight after 200ms"},
+		{"second signal", "1h", func(p *process, _ *heldRequest) { p.signal(syscall.SIGTERM) }, -1, "^$"},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			t.Parallel()
+			p := start(t, t.TempDir(), settings{"DATABASE_URL": newDatabase(t), "SHUTDOWN_TIMEOUT": test.timeout, "REQUEST_TIMEOUT": "45s"})
+			held := p.hold()
+			p.signal(syscall.SIGTERM)
+			p.logged("msg=stopping")
+			test.then(p, held)
+			if said := p.exit(test.code); !regexp.MustCompile(test.says).MatchString(said) {
+				t.Errorf("said %q, want %s", said, test.says)
 			}
 		})
-	}
-	waitFor(t, "answers", func() bool { return answers.Load() > 500 })
-	before := answers.Load()
-	p.signal(syscall.SIGTERM)
-	clients.Wait()
-	p.exit(0)
-	t.Logf("%d answers, %d of them after the signal", answers.Load(), answers.Load()-before)
-}
-
-var errNoListener = errors.New("no listener")
-
-// keepAsking creates and fetches tasks, counting the answers, until it finds no
-// listener, which is an error as any. It keeps its connection as long as the
-// service does, and, other than [http.Client], sends no request twice.
-func keepAsking(addr string, answers *atomic.Int64) error {
-	for {
-		conn, err := net.Dial("tcp", addr)
-		if errors.Is(err, syscall.ECONNREFUSED) {
-			return errNoListener
-		}
-		if err != nil {
-			return err
-		}
-		defer conn.Close()
-		reader := bufio.NewReader(conn)
-		for n, last := 1, false; !last; n++ {
-			req, _ := http.NewRequest("POST", "http://"+addr+"/api/tasks", strings.NewReader(`{"title": "a"}`))
-			want := http.StatusCreated
-			if n%2 == 0 {
-				req, _ = http.NewRequest("GET", "http://"+addr+"/api/tasks?limit=1", nil)
-				want = http.StatusOK
-			}
-			req.Header.Set("Content-Type", "application/json")
-			if err := req.Write(conn); err != nil {
-				return fmt.Errorf("request %d on a connection: %w", n, err)
-			}
-			resp, err := http.ReadResponse(reader, req)
-			if err != nil {
-				return fmt.Errorf("request %d on a connection: %w", n, err)
-			}
-			if _, err := io.Copy(io.Discard, resp.Body); err != nil || resp.StatusCode != want {
-				return fmt.Errorf("request %d on a connection: %s, %w", n, resp.Status, err)
-			}
-			answers.Add(1)
-			last = resp.Close
-		}
-		conn.Close()
-	}
-}
-
-// A connection on which nobody makes progress ends. These times are too long to
-// wait for here.
-func TestServerTimeouts(t *testing.T) {
-	t.Parallel()
-	server := newHTTPServer(http.NotFoundHandler(), slog.New(slog.DiscardHandler))
-	for name, timeout := range map[string]time.Duration{
-		"header":         server.ReadHeaderTimeout,
-		"request":        server.ReadTimeout,
-		"answer":         server.WriteTimeout,
-		"longest body":   maxRequestTimeout,
-		"next request/2": server.IdleTimeout / 2,
-	} {
-		if timeout <= 0 || timeout > time.Minute {
-			t.Errorf("%s: %v, want at most a minute", name, timeout)
-		}
-	}
-	if server.WriteTimeout <= maxRequestTimeout {
-		t.Errorf("the answer has %v, which is not longer than REQUEST_TIMEOUT may be", server.WriteTimeout)
 	}
 }
 
@@ -910,7 +781,7 @@ func main() {
 		log.Fatal(err)
 	}
 	fmt.Printf("http://%s/api/tasks\\n", listener.Addr())
-	log.Fatal((&http.Server{Handler: mux}).Serve(listener))
+	log.Fatal(tasks.NewServer(mux, handler).Serve(listener))
 }
 `
 
@@ -936,7 +807,7 @@ func vendored(t *testing.T) *service {
 		}
 		return content
 	}
-	for _, name := range []string{"task.go", "store.go", "handler.go", "metrics.go", "postgres.go", "schema.sql", "openapi.json", "docs.html"} {
+	for _, name := range []string{"task.go", "store.go", "handler.go", "server.go", "metrics.go", "postgres.go", "schema.sql", "openapi.json", "docs.html"} {
 		content := read(name)
 		if strings.HasSuffix(name, ".go") {
 			content = bytes.Replace(content, []byte("package main\n"), []byte("package tasks\n"), 1)

@@ -407,14 +407,14 @@ func (t *table[T]) rows(ctx context.Context, pinned bool, text string, args ...a
 		if err != nil {
 			return nil, err
 		}
-		defer conn.Close()
+		defer func() { err = cmp.Or(err, conn.Close()) }()
 		query = conn.QueryContext
 	}
 	rows, err := query(ctx, text, args...)
 	if err != nil {
 		return nil, err
 	}
-	defer rows.Close()
+	defer func() { err = cmp.Or(err, rows.Close()) }()
 	all = make([]T, 0, 16)
 	for rows.Next() {
 		all = append(all, *new(T))

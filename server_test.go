@@ -1,0 +1,313 @@
+package main
+
+// server_test.go stops servers in many ways, and looks for requests that are lost.
+
+import (
+	"bufio"
+	"context"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"io"
+	"math/rand/v2"
+	"net"
+	"net/http"
+	"net/http/httptest"
+	"os"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"testing"
+	"time"
+)
+
+// serve starts a server for outer, or for the service itself. From then on a is
+// the service by way of this server. Serve's error is sent to ended.
+func (a *api) serve(outer http.Handler) (server *Server, ended <-chan error) {
+	a.Helper()
+	listener := listen(a, "127.0.0.1:0")
+	server = NewServer(outer, a.Handler)
+	a.Cleanup(func() { server.Close() })
+	a.url = "http://" + listener.Addr().String()
+	errs := make(chan error, 1)
+	go func() { errs <- server.Serve(listener) }()
+	return server, errs
+}
+
+// flipLocked sends a request whose statement waits until unlock is called.
+// The status of the response, 0 if there is none, is sent to status.
+func (a *api) flipLocked() (unlock func(), status <-chan int) {
+	a.Helper()
+	id := a.newTasks(1)[0]
+	unlock = lockTasks(a, a.dbURL, lockRow, id)
+	result := make(chan int, 1)
+	req, _ := http.NewRequest("PATCH", a.url+"/api/tasks/"+id+"/complete", nil)
+	go func() {
+		resp, err := new(http.Transport).RoundTrip(req)
+		if err != nil {
+			result <- 0
+			return
+		}
+		resp.Body.Close()
+		result <- resp.StatusCode
+	}()
+	waitFor(a, "the statement to wait", func() bool { return waiting(a, a.dbURL) == 1 })
+	return unlock, result
+}
+
+// While a request is in flight, a server that shuts down accepts connections and
+// serves all requests, but is not ready.
+func TestShutdownWaits(t *testing.T) {
+	t.Parallel()
+	a := newAPI(t, Options{RequestTimeout: patience})
+	server, ended := a.serve(a.Handler)
+	unlock, flipped := a.flipLocked()
+	a.want(http.StatusOK, a.do("GET", "/readyz", ""))
+	result := make(chan error, 1)
+	go func() { result <- server.Shutdown(t.Context()) }()
+	waitFor(t, "the service not to be ready", func() bool { return a.do("GET", "/readyz", "").StatusCode != http.StatusOK })
+	for range 20 {
+		got := a.want(http.StatusServiceUnavailable, a.do("GET", "/readyz", ""))
+		if !got.Close {
+			t.Fatal("the connection would be used again")
+		}
+		a.create(`{"title": "while another request is in flight"}`)
+	}
+	select {
+	case err := <-result:
+		t.Fatalf("Shutdown returned (%v) with a request in flight", err)
+	case err := <-ended:
+		t.Fatalf("Serve returned (%v) with a request in flight", err)
+	default:
+	}
+	unlock()
+	if got := <-flipped; got != http.StatusOK {
+		t.Errorf("the request in flight: status %d", got)
+	}
+	if err := <-result; err != nil {
+		t.Error(err)
+	}
+	if err := <-ended; err != http.ErrServerClosed {
+		t.Errorf("Serve: %v", err)
+	}
+	if conn, err := net.Dial("tcp", server.listeners[0].Addr().String()); err == nil {
+		conn.Close()
+		t.Error("there is still a listener")
+	}
+}
+
+// When its context ends, Shutdown gives up, and leaves no statement behind.
+func TestShutdownTimeout(t *testing.T) {
+	t.Parallel()
+	a := newAPI(t, Options{RequestTimeout: patience})
+	server, ended := a.serve(a.Handler)
+	_, flipped := a.flipLocked()
+	ctx, cancel := context.WithTimeout(t.Context(), 200*time.Millisecond)
+	defer cancel()
+	if err := server.Shutdown(ctx); err != context.DeadlineExceeded {
+		t.Errorf("Shutdown: %v", err)
+	}
+	if err := <-ended; err != http.ErrServerClosed {
+		t.Errorf("Serve: %v", err)
+	}
+	if got := <-flipped; got != 0 {
+		t.Errorf("the request in flight: status %d", got)
+	}
+	waitFor(t, "its statement to end", func() bool { return waiting(t, a.dbURL) == 0 })
+}
+
+// Unused connections, as browsers open them in advance, do not hold up Shutdown.
+func TestShutdownUnusedConnection(t *testing.T) {
+	t.Parallel()
+	a := newAPI(t, Options{})
+	server, _ := a.serve(a.Handler)
+	conn, err := net.Dial("tcp", strings.TrimPrefix(a.url, "http://"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	a.do("GET", "/healthz", "") // on a later connection: the first one has been accepted
+	ctx, cancel := context.WithTimeout(t.Context(), 3*time.Second)
+	defer cancel()
+	if err := server.Shutdown(ctx); err != nil {
+		t.Error(err)
+	}
+}
+
+// However a server is started, Shutdown ends it, before and after too.
+func TestShutdownEachServe(t *testing.T) {
+	t.Parallel()
+	a := newAPI(t, Options{})
+	withTLS := httptest.NewTLSServer(nil)
+	withTLS.Close()
+	for name, serve := range map[string]func(s *Server) error{
+		"Serve":             func(s *Server) error { return s.Serve(listen(t, s.Addr)) },
+		"ServeTLS":          func(s *Server) error { return s.ServeTLS(listen(t, s.Addr), "", "") },
+		"ListenAndServe":    func(s *Server) error { return s.ListenAndServe() },
+		"ListenAndServeTLS": func(s *Server) error { return s.ListenAndServeTLS("", "") },
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			server := NewServer(a.Handler, a.Handler)
+			server.Addr, server.TLSConfig = "127.0.0.1:0", &tls.Config{Certificates: withTLS.TLS.Certificates}
+			ended := make(chan error, 1)
+			go func() { ended <- serve(server) }()
+			var addr string
+			waitFor(t, "a listener", func() bool {
+				server.mu.RLock()
+				defer server.mu.RUnlock()
+				for _, l := range server.listeners {
+					addr = l.Addr().String()
+				}
+				return addr != ""
+			})
+			scheme, proto := "http", "HTTP/1.1"
+			if strings.HasSuffix(name, "TLS") {
+				scheme, proto = "https", "HTTP/2.0"
+			}
+			transport := &http.Transport{TLSClientConfig: &tls.Config{InsecureSkipVerify: true}, ForceAttemptHTTP2: true}
+			resp, err := (&http.Client{Transport: transport}).Get(scheme + "://" + addr + "/healthz")
+			if err != nil {
+				t.Fatal(err)
+			}
+			resp.Body.Close()
+			if resp.StatusCode != http.StatusOK || resp.Proto != proto {
+				t.Errorf("%s %s, want %s", resp.Proto, resp.Status, proto)
+			}
+			for range 2 {
+				if err := server.Shutdown(t.Context()); err != nil {
+					t.Errorf("Shutdown: %v", err)
+				}
+			}
+			for _, err := range []error{<-ended, serve(server)} {
+				if err != http.ErrServerClosed {
+					t.Errorf("%s: %v", name, err)
+				}
+			}
+			if conn, err := net.Dial("tcp", addr); err == nil {
+				conn.Close()
+				t.Error("there is still a listener")
+			}
+		})
+	}
+}
+
+// client is a way to use the service.
+type client struct {
+	name, path string
+	keeps      bool // its connection, for the next request
+	hesitates  bool // before each request
+	waits      bool // for a response before it connects again
+}
+
+// use sends requests on a connection. It returns an error if one of them is
+// lost, or would have been had it been sent as the service closed the connection.
+func (c client) use(conn net.Conn, responses *atomic.Int64) error {
+	defer conn.Close()
+	r := bufio.NewReader(conn)
+	for n := 1; ; n++ {
+		if c.hesitates {
+			conn.SetReadDeadline(time.Now().Add(10*time.Millisecond + rand.N(30*time.Millisecond)))
+			_, err := r.Peek(1)
+			if n == 1 && errors.Is(err, syscall.ECONNRESET) {
+				return nil // the service has never accepted the connection
+			}
+			if !errors.Is(err, os.ErrDeadlineExceeded) {
+				return fmt.Errorf("before request %d: %w", n, err)
+			}
+			conn.SetReadDeadline(time.Time{})
+		}
+		fmt.Fprintf(conn, "GET %s HTTP/1.1\r\nHost: localhost\r\n\r\n", c.path)
+		resp, err := http.ReadResponse(r, nil)
+		if err == nil {
+			_, err = io.Copy(io.Discard, resp.Body)
+		}
+		if err != nil || resp.StatusCode != http.StatusOK {
+			return fmt.Errorf("request %d: %v, %w", n, resp, err)
+		}
+		responses.Add(1)
+		if !c.keeps || resp.Close {
+			return nil
+		}
+	}
+}
+
+// No client loses a request because the server shuts down.
+func TestShutdownLosesNoRequest(t *testing.T) {
+	t.Parallel()
+	a := newAPI(t, Options{})
+	mux := http.NewServeMux()
+	mux.Handle("/", a.Handler)
+	mux.HandleFunc("/slow", func(http.ResponseWriter, *http.Request) {
+		time.Sleep(200*time.Millisecond + rand.N(100*time.Millisecond))
+	})
+	for range 10 {
+		server, _ := a.serve(mux)
+		addr := strings.TrimPrefix(a.url, "http://")
+		var clients sync.WaitGroup
+		var responses atomic.Int64
+		for _, c := range []client{
+			{name: "keep", path: "/healthz", keeps: true, waits: true},
+			{name: "connect for each", path: "/healthz", waits: true},
+			{name: "keep, hesitate", path: "/healthz", keeps: true, hesitates: true, waits: true},
+			{name: "connect, hesitate", path: "/healthz", hesitates: true, waits: true},
+			{name: "slow", path: "/slow", keeps: true, hesitates: true, waits: true},
+			{name: "arrive", path: "/healthz", hesitates: true},
+		} {
+			use := func(conn net.Conn) {
+				if err := c.use(conn, &responses); err != nil {
+					t.Errorf("%s: %v", c.name, err)
+				}
+			}
+			for range 4 {
+				clients.Go(func() {
+					for {
+						conn, err := net.Dial("tcp", addr)
+						if err != nil {
+							return // the client knows that it has not sent a request
+						}
+						if c.waits {
+							use(conn)
+							continue
+						}
+						clients.Go(func() { use(conn) })
+						time.Sleep(rand.N(40 * time.Millisecond))
+					}
+				})
+			}
+		}
+		waitFor(t, "responses", func() bool { return responses.Load() > 200 })
+		if err := server.Shutdown(t.Context()); err != nil {
+			t.Error(err)
+		}
+		clients.Wait()
+	}
+}
+
+// A connection without progress is closed. These times are too long to wait for.
+func TestServerTimeouts(t *testing.T) {
+	t.Parallel()
+	server := NewServer(nil, NewHandler(nil, Options{}))
+	for name, timeout := range map[string]time.Duration{
+		"headers":           server.ReadHeaderTimeout,
+		"headers and body":  server.ReadTimeout,
+		"headers, response": server.ReadHeaderTimeout + server.WriteTimeout,
+	} {
+		if timeout <= 0 || timeout > time.Minute {
+			t.Errorf("%s: %v, want at most a minute", name, timeout)
+		}
+	}
+	if server.IdleTimeout <= 10*time.Minute {
+		t.Errorf("idle connections: %v, want more than load balancers keep theirs", server.IdleTimeout)
+	}
+}
+
+func listen(t testing.TB, addr string) net.Listener {
+	t.Helper()
+	listener, err := net.Listen("tcp", addr)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return listener
+}
