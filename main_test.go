@@ -532,11 +532,11 @@ func TestLogs(t *testing.T) {
 		want string // without what differs from run to run
 	}{
 		{"text", settings{}, `time=T level=INFO msg=serving url=http://127.0.0.1:PORT/api/tasks docs=http://127.0.0.1:PORT/docs
-` + hint + `time=T level=INFO msg=request method=GET route=/api/tasks/{id} status=404 duration=D bytes=N request_id=mine
+` + hint + `time=T level=INFO msg=request method=GET route=/api/tasks/{id} status=404 duration_ms=D bytes=N request_id=mine
 time=T level=INFO msg=stopping
 `},
 		{"json", settings{"LOG_FORMAT": "json"}, `{"time":"T","level":"INFO","msg":"serving","url":"http://127.0.0.1:PORT/api/tasks","docs":"http://127.0.0.1:PORT/docs"}
-{"time":"T","level":"INFO","msg":"request","method":"GET","route":"/api/tasks/{id}","status":404,"duration":D,"bytes":N,"request_id":"mine"}
+{"time":"T","level":"INFO","msg":"request","method":"GET","route":"/api/tasks/{id}","status":404,"duration_ms":D,"bytes":N,"request_id":"mine"}
 {"time":"T","level":"INFO","msg":"stopping"}
 `},
 		{"warnings only", settings{"LOG_LEVEL": "warn"}, hint},
