@@ -382,7 +382,7 @@ func (s *spec) validate(at string, schema map[string]any, value any, closed bool
 				_, known := properties[name]
 				ok = ok && (known || arg == true)
 			}
-		case "description", "default", "readOnly": // say nothing of validity
+		case "description", "default": // say nothing of validity
 		default:
 			violations = append(violations, fmt.Sprintf("%s: the keyword %s is unknown to this validator", at, keyword))
 		}
