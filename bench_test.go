@@ -44,7 +44,7 @@ func fill(b *testing.B, url string, tasks int) {
 func BenchmarkTasks(b *testing.B) {
 	for _, tasks := range []int{10_000, 1_000_000} {
 		url := newDatabase(b)
-		for _, prepare := range []bool{false, true} {
+		for _, prepare := range []prepareMode{prepareNever, prepareAlways} {
 			db, err := openDB(url, prepare)
 			if err != nil {
 				b.Fatal(err)
@@ -54,10 +54,10 @@ func BenchmarkTasks(b *testing.B) {
 			if err := store.Migrate(b.Context()); err != nil {
 				b.Fatal(err)
 			}
-			if !prepare {
+			if prepare == prepareNever {
 				fill(b, url, tasks)
 			}
-			b.Run(fmt.Sprintf("tasks=%d/prepare=%t", tasks, prepare), func(b *testing.B) { benchOperations(b, store, tasks) })
+			b.Run(fmt.Sprintf("tasks=%d/prepare=%t", tasks, prepare == prepareAlways), func(b *testing.B) { benchOperations(b, store, tasks) })
 		}
 	}
 }
@@ -90,8 +90,8 @@ func benchOperations(b *testing.B, store *Store, tasks int) {
 	var (
 		ctx         = b.Context()
 		description = "two litres"
-		patch       = Patch{Title: &description}
-		replacement = Patch{Title: &description, Description: Optional[string]{Set: true}, Completed: new(false)}
+		patch       = TaskPatch{Title: &description}
+		replacement = TaskPatch{Title: &description, Description: Optional[string]{Set: true}, Completed: new(false)}
 		yes         = true
 		deep        = benchID(tasks / 2)
 		path        = func() string { return "/api/tasks/" + benchID(1+rand.IntN(tasks)) }
@@ -102,7 +102,7 @@ func benchOperations(b *testing.B, store *Store, tasks int) {
 		}
 		insert = func() (Task, error) {
 			user := user()
-			t, _, err := store.Create(ctx, NewTask{Title: "Buy milk", Description: &description, UserID: &user}, "")
+			t, _, err := store.Create(ctx, TaskDraft{Title: "Buy milk", Description: &description, UserID: &user}, "")
 			return t, err
 		}
 	)
@@ -173,7 +173,7 @@ func BenchmarkEncode(b *testing.B) {
 	page := slices.Repeat([]Task{task}, 50)
 	b.ReportAllocs()
 	for b.Loop() {
-		writeTasks(httptest.NewRecorder(), page)
+		listed(&request{}, page, false, nil)
 	}
 }
 

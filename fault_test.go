@@ -61,7 +61,7 @@ func queryInt(t testing.TB, url, query string, args ...any) (n int) {
 }
 
 // newAPIWithPool is newAPIOn with a pool of a size and a kind.
-func newAPIWithPool(t testing.TB, dbURL string, conns int, prepare bool, opts Options) *api {
+func newAPIWithPool(t testing.TB, dbURL string, conns int, prepare prepareMode, opts Options) *api {
 	t.Helper()
 	db, err := openDB(dbURL, prepare)
 	if err != nil {
@@ -464,8 +464,8 @@ func (w *workload) audit(dbURL string) (applied []int) {
 func TestFaultEachOperation(t *testing.T) {
 	t.Parallel()
 	for n := range 2 * (faults - 1) {
-		f, prepare := 1+n/2, n%2 == 1
-		t.Run(fmt.Sprintf("%v,prepare=%v", f, prepare), func(t *testing.T) {
+		f, prepare := 1+n/2, prepareAlways+prepareMode(n%2)
+		t.Run(fmt.Sprintf("%v,prepare=%v", f, prepare == prepareAlways), func(t *testing.T) {
 			t.Parallel()
 			silent, timeout := f >= stall, patience
 			if silent {
@@ -519,15 +519,15 @@ func TestFaultEachOperation(t *testing.T) {
 // what became of it can be told; two more are everybody's.
 func TestFaultWorkload(t *testing.T) {
 	t.Parallel()
-	for _, prepare := range []bool{false, true} {
-		t.Run(fmt.Sprintf("prepare=%v", prepare), func(t *testing.T) {
+	for _, prepare := range []prepareMode{prepareNever, prepareAlways} {
+		t.Run(fmt.Sprintf("prepare=%v", prepare == prepareAlways), func(t *testing.T) {
 			t.Parallel()
 			testFaultWorkload(t, prepare)
 		})
 	}
 }
 
-func testFaultWorkload(t *testing.T, prepare bool) {
+func testFaultWorkload(t *testing.T, prepare prepareMode) {
 	dbURL := newDatabase(t)
 	p := newProxy(t, dbURL)
 	w := newWorkload(newAPIWithPool(t, p.url, 8, prepare, Options{RequestTimeout: time.Second}), 400)
@@ -776,7 +776,7 @@ func TestFaultDatabaseAway(t *testing.T) {
 	dbURL := fmt.Sprintf("host=127.0.0.1 port=%d user=postgres dbname=away sslmode=disable", port)
 	goroutines := countGoroutines(t)
 	const conns, timeout = 8, time.Second
-	w := newWorkload(newAPIWithPool(t, dbURL, conns, true, Options{RequestTimeout: timeout}), 20_000)
+	w := newWorkload(newAPIWithPool(t, dbURL, conns, prepareAlways, Options{RequestTimeout: timeout}), 20_000)
 	before := goroutines()
 
 	restart := func() { pgCtl(t, server, "restart", "-m", "immediate") }
@@ -997,7 +997,7 @@ func TestFaultFailover(t *testing.T) {
 	first, secondDir, thirdDir := newServer(t), shortTempDir(t), shortTempDir(t)
 	second := newStandby(t, first, secondDir)
 	dbURL := strings.Replace(first.URL, " port=", ","+secondDir+","+thirdDir+" port=", 1) + " target_session_attrs=read-write"
-	w := newWorkload(newAPIWithPool(t, dbURL, 6, true, Options{RequestTimeout: 2 * time.Second}), 20_000)
+	w := newWorkload(newAPIWithPool(t, dbURL, 6, prepareAlways, Options{RequestTimeout: 2 * time.Second}), 20_000)
 	follow := func(to *localDB) {
 		t.Helper()
 		pgCtl(t, to, "promote")
@@ -1059,7 +1059,7 @@ func waiting(t testing.TB, dbURL string) int {
 func TestFaultOverload(t *testing.T) {
 	t.Parallel()
 	const conns, inFlight, n = 2, 16, 160
-	a := newAPIWithPool(t, newDatabase(t), conns, false, Options{RequestTimeout: patience, MaxInFlight: inFlight})
+	a := newAPIWithPool(t, newDatabase(t), conns, prepareNever, Options{RequestTimeout: patience, MaxInFlight: inFlight})
 	a.log.expected.Store(true)
 	ids := a.newTasks(n)
 	unlock := lockTasks(t, a.dbURL, lockTable)
@@ -1088,7 +1088,7 @@ func TestFaultOverload(t *testing.T) {
 func TestFaultOverloadOrder(t *testing.T) {
 	t.Parallel()
 	const conns, clients, n = 2, 64, 10
-	a := newAPIWithPool(t, newDatabase(t), conns, false, Options{RequestTimeout: patience})
+	a := newAPIWithPool(t, newDatabase(t), conns, prepareNever, Options{RequestTimeout: patience})
 	execSQL(t, a.dbURL, `CREATE FUNCTION slow() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN PERFORM pg_sleep(0.005); RETURN NEW; END'`)
 	execSQL(t, a.dbURL, "CREATE TRIGGER slow BEFORE UPDATE ON tasks FOR EACH ROW EXECUTE FUNCTION slow()")
 	type span struct{ start, end int64 }
@@ -1137,9 +1137,9 @@ func (a *api) sendRaw(text string) *rawConn {
 func TestFaultSlowClients(t *testing.T) {
 	t.Parallel()
 	const inFlight, slow = 2, 20
-	a := newAPIWithPool(t, newDatabase(t), 1, false, Options{RequestTimeout: patience, MaxInFlight: inFlight})
+	a := newAPIWithPool(t, newDatabase(t), 1, prepareNever, Options{RequestTimeout: patience, MaxInFlight: inFlight})
 	execSQL(t, a.dbURL, `INSERT INTO tasks (id, title, description)
-		SELECT gen_random_uuid(), 'x', repeat('x', 10000) FROM generate_series(1, 1000)`)
+		SELECT `+idOf("n")+`, 'x', repeat('x', 10000) FROM generate_series(1, 1000) n`)
 	var senders []*rawConn
 	for range slow {
 		senders = append(senders, a.sendRaw("POST /api/tasks HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 19\r\n\r\n{\"title\": "))
@@ -1168,7 +1168,7 @@ func TestFaultSlowClients(t *testing.T) {
 // waiting for one.
 func TestFaultClientGone(t *testing.T) {
 	t.Parallel()
-	a := newAPIWithPool(t, newDatabase(t), 1, false, Options{RequestTimeout: patience})
+	a := newAPIWithPool(t, newDatabase(t), 1, prepareNever, Options{RequestTimeout: patience})
 	id := a.newTasks(1)[0]
 	for name, request := range map[string]string{
 		"without a body": "PATCH /api/tasks/" + id + "/complete HTTP/1.1\r\nHost: x\r\n\r\n",
@@ -1197,8 +1197,8 @@ func TestFaultClientGone(t *testing.T) {
 // of another client instead.
 func TestFaultLateCancel(t *testing.T) {
 	t.Parallel()
-	for _, prepare := range []bool{false, true} {
-		t.Run(fmt.Sprintf("prepare=%v", prepare), func(t *testing.T) {
+	for _, prepare := range []prepareMode{prepareNever, prepareAlways} {
+		t.Run(fmt.Sprintf("prepare=%v", prepare == prepareAlways), func(t *testing.T) {
 			t.Parallel()
 			dbURL := newDatabase(t)
 			p := newProxy(t, dbURL)

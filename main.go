@@ -122,7 +122,7 @@ Environment variables, an empty one counting as unset:
 // config is what the environment says.
 type config struct {
 	databaseURL     string // "": a private PostgreSQL
-	prepare         bool
+	prepare         prepareMode
 	pgBin           string
 	addr            string
 	maxConns        int
@@ -136,7 +136,7 @@ func configure(getenv func(string) string, stdout io.Writer) (config, error) {
 	env := environment{getenv: getenv}
 	cfg := config{
 		databaseURL:     getenv("DATABASE_URL"),
-		prepare:         env.boolean("DB_PREPARE"),
+		prepare:         env.prepare(),
 		pgBin:           getenv("PG_BIN"),
 		addr:            env.addr(),
 		maxConns:        env.number("DB_MAX_CONNS", 10, 10_000),
@@ -183,12 +183,17 @@ func (e *environment) duration(name string, def, most time.Duration) time.Durati
 	return d
 }
 
-func (e *environment) boolean(name string) bool {
-	b, err := strconv.ParseBool(cmp.Or(e.getenv(name), "false"))
-	if err != nil {
-		e.invalid(name, "true or false")
+func (e *environment) prepare() prepareMode {
+	switch e.getenv("DB_PREPARE") {
+	case "", "auto":
+		return prepareAuto
+	case "true":
+		return prepareAlways
+	case "false":
+		return prepareNever
 	}
-	return b
+	e.invalid("DB_PREPARE", "auto, true or false")
+	return prepareNever
 }
 
 func (e *environment) addr() string {
@@ -278,7 +283,7 @@ func serve(ctx context.Context, cfg config) (err error) {
 			return unlessStopped(ctx, startErr)
 		}
 		defer func() { err = errors.Join(err, local.Stop()) }()
-		databaseURL, cfg.prepare = local.URL, true
+		databaseURL, cfg.prepare = local.URL, prepareAlways
 	}
 	db, err := openDB(databaseURL, cfg.prepare)
 	if err != nil {

@@ -1,61 +1,153 @@
--- The schema of the task service. Applied at every start as one batch, which
--- PostgreSQL runs as one transaction: all of it or nothing. Every statement is
--- idempotent. The lock comes first because CREATE … IF NOT EXISTS fails when
--- two sessions run it at once; it ends with the transaction, so that it holds
--- behind a transaction-mode pooler too.
-SELECT pg_advisory_xact_lock(hashtext('tasks schema'));
-
--- The constraints repeat the rules of task.go, so that no other writer can
--- store what the service would refuse. text is never measured in bytes:
--- char_length counts code points.
-CREATE TABLE IF NOT EXISTS tasks (
-    id                 uuid        PRIMARY KEY,           -- version 7: sorts by creation
-    user_id            text        CHECK (char_length(user_id) BETWEEN 1 AND 255),
-    title              text        NOT NULL CHECK (char_length(title) <= 200),
-    description        text        CHECK (char_length(description) <= 10000),
-    completed          boolean     NOT NULL DEFAULT false,
-    version            bigint      NOT NULL DEFAULT 1 CHECK (version >= 1),
-    created_at         timestamptz NOT NULL DEFAULT now(),
-    updated_at         timestamptz NOT NULL DEFAULT now(),
-    idempotency_key    text,                              -- lives as long as its task
-    idempotency_digest bytea,                             -- SHA-256 of what was asked for
-
-    -- Not only white space. The list is Unicode's White_Space; E'\v' would be
-    -- the letter v.
-    CONSTRAINT tasks_title_blank CHECK (btrim(title, E'\u0009\u000A\u000B\u000C\u000D\u0020\u0085\u00A0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200A\u2028\u2029\u202F\u205F\u3000') <> ''),
-    CONSTRAINT tasks_updated_at CHECK (updated_at >= created_at),
-    CONSTRAINT tasks_idempotency CHECK ((idempotency_key IS NULL) = (idempotency_digest IS NULL))
-);
-
--- One index for each way to list, each ending in id, so that a page is one
--- range of one index, in either direction, however deep and however rare the
--- tasks that match. No two begin with user_id: PostgreSQL might read all tasks
--- of a user from the one and sort them, in place of a page from the other. Per
--- task they cost about 40 bytes (completed) and 60 to 70 bytes (user_id) each,
--- and one insertion each at creation; an update touches them only when it
--- changes completed.
+-- The schema of the task service: the table, its constraints, its indexes.
+-- Every start applies it, and psql -f schema.sql does the same by hand. It is
+-- idempotent, and one statement, so PostgreSQL applies all of it or nothing.
 --
--- A look comes first, because CREATE INDEX IF NOT EXISTS waits for the end of
--- all writes to the table, and holds up others, even if there is nothing to do.
---
--- An Idempotency-Key belongs to an owner. No owner is one owner as well, for
--- which the empty string stands: no user_id is empty. (NULLS NOT DISTINCT would
--- say it better, but PostgreSQL 14 lacks it.)
-DO $$
+-- If the schema is complete, nothing is written and no lock is taken on the
+-- table: no privilege to create, no writable server is needed, and requests of
+-- other instances go on. If the service could not work with what is there, an
+-- error says what is wrong and what to do.
+DO $schema$
 DECLARE
-    schema text := quote_ident(current_schema()) || '.'; -- where CREATE TABLE has looked
+    -- What the service needs, in the words of format_type and pg_get_indexdef.
+    columns_needed CONSTANT text[] := ARRAY[
+        'id uuid NOT NULL', 'user_id text', 'title text NOT NULL', 'description text',
+        'completed boolean NOT NULL', 'version bigint NOT NULL',
+        'created_at timestamp with time zone NOT NULL', 'updated_at timestamp with time zone NOT NULL',
+        'idempotency_key text', 'idempotency_digest bytea'];
+
+    -- One index for each way to list, each ending in id, so that a page is one
+    -- range of one index, in either direction, however deep and however rare
+    -- the matching tasks. No two begin with user_id: PostgreSQL might read all
+    -- tasks of a user from one and sort them, instead of a page from the other.
+    -- Per task they cost about 40 bytes (completed) and 60 to 70 bytes (user_id)
+    -- each, and one insertion each at creation; an update touches them only when
+    -- it changes completed.
+    --
+    -- An Idempotency-Key belongs to an owner. Tasks without an owner share one,
+    -- for which the empty string stands: no user_id is empty. (NULLS NOT
+    -- DISTINCT would say it better, but PostgreSQL 14 lacks it.)
+    indexes_needed CONSTANT text[] := ARRAY[
+        'CREATE UNIQUE INDEX tasks_id ON tasks USING btree (id)', -- or the primary key
+        'CREATE INDEX tasks_completed_id ON tasks USING btree (completed, id)',
+        'CREATE INDEX tasks_user_id_id ON tasks USING btree (user_id, id)',
+        'CREATE INDEX tasks_completed_user_id_id ON tasks USING btree (completed, user_id, id)',
+        $$CREATE UNIQUE INDEX tasks_idempotency_key ON tasks USING btree (COALESCE(user_id, ''::text), idempotency_key) WHERE idempotency_key IS NOT NULL$$];
+
+    here    text; -- the schema
+    tasks   text; -- the table, with its schema
+    missing text[];
+    locked  boolean := false;
+    wrong   text;
+    ddl     text;
 BEGIN
-    IF to_regclass(schema || 'tasks_completed_id') IS NULL THEN
-        CREATE INDEX tasks_completed_id ON tasks (completed, id);
+    -- A lock that is not granted within a second is an error, and the caller
+    -- tries again: behind a lock that waits, requests would wait too.
+    SET LOCAL lock_timeout = '1s';
+
+    -- Behind a pooler, another client may have left its own search_path in the
+    -- session. DEFAULT is the one of this connection. A temporary table tasks
+    -- would come first, unless pg_temp is named last.
+    SET LOCAL search_path TO DEFAULT;
+    here := current_schema();
+    IF here IS NULL THEN
+        RAISE EXCEPTION 'search_path (%) names no schema that exists and that role "%" may use: create the schema, GRANT USAGE on it, or set another search_path',
+            current_setting('search_path'), current_user USING ERRCODE = 'invalid_schema_name';
     END IF;
-    IF to_regclass(schema || 'tasks_user_id_id') IS NULL THEN
-        CREATE INDEX tasks_user_id_id ON tasks (user_id, id);
+    PERFORM set_config('search_path', format('%I, pg_temp', here), true);
+    tasks := format('%I.tasks', here);
+
+    IF to_regclass(tasks) IS NULL THEN
+        IF NOT has_schema_privilege(here, 'CREATE') THEN
+            RAISE EXCEPTION 'there is no table %, and role "%" may not create it: GRANT CREATE ON SCHEMA %, or apply schema.sql as another role',
+                tasks, current_user, quote_ident(here) USING ERRCODE = 'insufficient_privilege';
+        END IF;
+        PERFORM pg_advisory_xact_lock(hashtext('tasks schema')); -- because IF NOT EXISTS fails when two starts run it at once
+
+        -- The constraints repeat the rules of task.go, so that no other writer
+        -- can store what the service would refuse or could not serve. Text is
+        -- never measured in bytes: char_length counts code points. It is
+        -- compared by code point, too, so an upgrade of the system's locales
+        -- leaves the indexes valid.
+        --
+        -- A table that an earlier version has made stays as it is. It lacks
+        -- COLLATE "C", tasks_id_version, tasks_times, and the lengths of key
+        -- and digest.
+        CREATE TABLE IF NOT EXISTS tasks (
+            id                 uuid        PRIMARY KEY,           -- version 7: sorts by creation
+            user_id            text        COLLATE "C" CHECK (char_length(user_id) BETWEEN 1 AND 255),
+            title              text        COLLATE "C" NOT NULL CHECK (char_length(title) <= 200),
+            description        text        COLLATE "C" CHECK (char_length(description) <= 10000),
+            completed          boolean     NOT NULL DEFAULT false,
+            version            bigint      NOT NULL DEFAULT 1 CHECK (version >= 1),
+            created_at         timestamptz NOT NULL DEFAULT now(),
+            updated_at         timestamptz NOT NULL DEFAULT now(),
+            idempotency_key    text        COLLATE "C" CHECK (char_length(idempotency_key) BETWEEN 1 AND 255), -- lives as long as its task
+            idempotency_digest bytea       CHECK (octet_length(idempotency_digest) = 32), -- SHA-256 of what was asked for
+
+            -- RFC 9562: the version is 7, the variant 2.
+            CONSTRAINT tasks_id_version CHECK (get_byte(uuid_send(id), 6) >> 4 = 7 AND get_byte(uuid_send(id), 8) >> 6 = 2),
+            -- Not only white space. The list is Unicode's White_Space; E'\v'
+            -- would be the letter v.
+            CONSTRAINT tasks_title_blank CHECK (btrim(title, E'\u0009\u000A\u000B\u000C\u000D\u0020\u0085\u00A0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200A\u2028\u2029\u202F\u205F\u3000') <> ''),
+            -- Years of four digits; infinity is beyond them.
+            CONSTRAINT tasks_times CHECK (created_at >= '0001-01-01 00:00:00+00' AND updated_at < '10000-01-01 00:00:00+00'),
+            CONSTRAINT tasks_updated_at CHECK (updated_at >= created_at),
+            CONSTRAINT tasks_idempotency CHECK ((idempotency_key IS NULL) = (idempotency_digest IS NULL))
+        );
     END IF;
-    IF to_regclass(schema || 'tasks_completed_user_id_id') IS NULL THEN
-        CREATE INDEX tasks_completed_user_id_id ON tasks (completed, user_id, id);
+
+    -- Another program's table stays untouched.
+    IF (SELECT relkind <> 'r' FROM pg_class WHERE oid = to_regclass(tasks)) THEN
+        RAISE EXCEPTION '% is not a table: rename it, or set another search_path', tasks USING ERRCODE = 'wrong_object_type';
     END IF;
-    IF to_regclass(schema || 'tasks_idempotency_key') IS NULL THEN
-        CREATE UNIQUE INDEX tasks_idempotency_key ON tasks (coalesce(user_id, ''), idempotency_key)
-            WHERE idempotency_key IS NOT NULL;
+    WITH have AS (
+        SELECT attname, concat_ws(' ', attname, format_type(atttypid, atttypmod), CASE WHEN attnotnull THEN 'NOT NULL' END) AS definition,
+            attnotnull AND NOT atthasdef AND attidentity = '' AS must_be_set
+        FROM pg_attribute WHERE attrelid = to_regclass(tasks) AND attnum > 0 AND NOT attisdropped)
+    SELECT string_agg(problem, ', ') INTO wrong FROM (
+        SELECT 'no column "' || needed || '"' AS problem FROM unnest(columns_needed) AS needed
+        WHERE needed NOT IN (SELECT definition FROM have)
+        UNION ALL
+        SELECT 'column "' || definition || '", which has no default' FROM have
+        WHERE must_be_set AND attname NOT IN (SELECT split_part(needed, ' ', 1) FROM unnest(columns_needed) AS needed)
+    ) AS problems;
+    IF wrong IS NOT NULL THEN
+        RAISE EXCEPTION 'table % has %: alter it, rename it, or set another search_path; README, "Coming from SQLModel", says how to carry another program''s tasks over',
+            tasks, wrong USING ERRCODE = 'invalid_table_definition';
     END IF;
-END $$;
+
+    SELECT string_agg(privilege, ', ') INTO wrong FROM unnest(ARRAY['SELECT', 'INSERT', 'UPDATE', 'DELETE']) AS privilege
+    WHERE NOT has_table_privilege(tasks, privilege);
+    IF wrong IS NOT NULL THEN
+        RAISE EXCEPTION 'role "%" lacks privileges on table %: GRANT % ON % TO %',
+            current_user, tasks, wrong, tasks, quote_ident(current_user) USING ERRCODE = 'insufficient_privilege';
+    END IF;
+
+    -- Look for each index by its definition. If any is missing, look again with
+    -- the lock that only one start can hold. It ends with the transaction, so it
+    -- works behind a transaction-mode pooler too.
+    LOOP
+        missing := ARRAY(
+            SELECT needed FROM unnest(indexes_needed) AS needed
+            WHERE NOT EXISTS (
+                SELECT FROM pg_index
+                WHERE indrelid = to_regclass(tasks) AND indisvalid AND indimmediate
+                  AND (indisunique OR needed NOT LIKE 'CREATE UNIQUE %')
+                  AND split_part(regexp_replace(pg_get_indexdef(indexrelid, 0, true), ' WITH \(.*?\)', ''), ' USING ', 2) = split_part(needed, ' USING ', 2)));
+        EXIT WHEN locked OR missing = '{}';
+        PERFORM pg_advisory_xact_lock(hashtext('tasks schema'));
+        locked := true;
+    END LOOP;
+    FOREACH ddl IN ARRAY missing LOOP
+        wrong := format('%I.%I', here, substring(ddl FROM 'INDEX (\w+)'));
+        IF to_regclass(wrong) IS NOT NULL THEN
+            RAISE EXCEPTION '% is invalid, unfinished, or not what it should be: DROP INDEX %, and the next start runs %',
+                wrong, wrong, ddl USING ERRCODE = 'object_not_in_prerequisite_state';
+        ELSIF NOT pg_has_role((SELECT relowner FROM pg_class WHERE oid = to_regclass(tasks)), 'USAGE') OR NOT has_schema_privilege(here, 'CREATE') THEN
+            RAISE EXCEPTION 'there is no index %, and role "%" may not create it: apply schema.sql as the owner of table %',
+                wrong, current_user, tasks USING ERRCODE = 'insufficient_privilege';
+        END IF;
+        EXECUTE ddl;
+    END LOOP;
+END
+$schema$;

@@ -1,9 +1,9 @@
 package main
 
-// store.go keeps tasks in PostgreSQL: the SQL, and nothing of HTTP. An operation
-// is one statement, so PostgreSQL applies it whole or not at all, and
-// [OpenDB]'s connections see to it that none which writes is run twice. Fetches
-// that come together share one, and so do creations.
+// store.go keeps tasks in PostgreSQL: the SQL, operation by operation, and below
+// it what all tables share. Each operation is one statement, so PostgreSQL
+// applies it whole or not at all. {schema} in a statement stands for the schema
+// of the tables, because search_path may be another client's behind a pooler.
 
 import (
 	"cmp"
@@ -15,9 +15,8 @@ import (
 	"errors"
 	"fmt"
 	"math"
-	"slices"
 	"strconv"
-	"sync"
+	"strings"
 	"sync/atomic"
 	"time"
 )
@@ -26,34 +25,31 @@ import (
 var schema string
 
 // Store keeps tasks. Its methods may be called from many goroutines. Their
-// errors are those of task.go, [ErrUnavailable] among them when the database did
-// not answer as it should: then a write may or may not have been applied, once.
-// Any other error is a defect.
+// errors are those of task.go. After [ErrUnavailable] a write may have been
+// applied, or may still be, at most once. Any other error is a defect.
 type Store struct {
-	db        *sql.DB
-	turns     chan struct{} // one for each connection that db may open
-	creations gatherer[Task]
-	fetches   gatherer[string]
-	last      atomic.Int64 // the latest time of creation given out, in microseconds
+	*database
+	tasks *table[Task]
 }
 
-// NewStore returns a Store on a pool of [OpenDB], whose limit of open
-// connections must not change afterwards.
+// NewStore returns a Store on a pool. The pool's limit of open connections must
+// not change afterwards.
 func NewStore(db *sql.DB) *Store {
-	s := &Store{db: db, turns: make(chan struct{}, cmp.Or(db.Stats().MaxOpenConnections, math.MaxInt32))}
-	s.creations.run = s.createAll
-	s.fetches.run = s.fetchAll
-	return s
+	d := &database{db: db, turns: make(chan struct{}, cmp.Or(db.Stats().MaxOpenConnections, math.MaxInt32))}
+	return &Store{d, newTable(d, "tasks", "id uuid, user_id text, title text, description text, completed boolean, "+
+		"version bigint, created_at timestamptz, updated_at timestamptz", func(t *Task) []any {
+		return []any{&t.ID, &t.UserID, &t.Title, &t.Description, &t.Completed, &t.Version, &t.CreatedAt, &t.UpdatedAt}
+	})}
 }
 
-// Migrate applies schema.sql. A role that may not do so is content with a schema
-// that stands already.
+// Migrate applies schema.sql, or says what the service needs and does not find.
+// Any number of starts may run it at once, and a complete schema is left as it
+// is. [ErrUnavailable] may pass: the database is out of reach, or the table locked.
 func (s *Store) Migrate(ctx context.Context) error {
-	_, err := s.db.ExecContext(ctx, schema)
-	if sqlState(err) == "42501" { // insufficient_privilege
-		if _, missing := s.db.ExecContext(ctx, selectTasks+" LIMIT 0"); missing == nil {
-			return nil
-		}
+	// A start that has waited for another one must see what that has committed.
+	_, err := s.db.ExecContext(ctx, "SET TRANSACTION ISOLATION LEVEL READ COMMITTED; "+schema)
+	if err != nil && (ctx.Err() != nil || transient(err)) {
+		err = fmt.Errorf("%w: %w", ErrUnavailable, err)
 	}
 	if err != nil {
 		return fmt.Errorf("apply the schema: %w", err)
@@ -61,372 +57,394 @@ func (s *Store) Migrate(ctx context.Context) error {
 	return nil
 }
 
-// Ping asks the database for a sign of life.
+// Ping checks that the database responds.
 func (s *Store) Ping(ctx context.Context) error {
-	return unavailable(ctx, s.db.PingContext(ctx))
+	return translate(ctx, s.db.PingContext(ctx))
 }
 
 // Stats returns the statistics of the pool.
 func (s *Store) Stats() sql.DBStats { return s.db.Stats() }
 
-// columns are those of a task, in the order in which [Store.query] scans them.
-const columns = `id, user_id, title, description, completed, version, created_at, updated_at`
-
-const selectTasks = `SELECT ` + columns + ` FROM tasks`
-
-// insertTasks inserts the tasks of a JSON array, with the same key and digest.
-const insertTasks = `
-	INSERT INTO tasks (` + columns + `, idempotency_key, idempotency_digest)
-	SELECT ` + columns + `, $2, $3 FROM json_populate_recordset(NULL::tasks, $1)`
-
-// onRepeat makes an insert whose idempotency key is taken return the task that
-// has it, unless another content was asked for. The update changes nothing; it
-// is what lets the statement return a row that another one, perhaps still under
-// way, has inserted.
-const onRepeat = `
-	ON CONFLICT (coalesce(user_id, ''), idempotency_key) WHERE idempotency_key IS NOT NULL
-	DO UPDATE SET idempotency_key = excluded.idempotency_key
-	WHERE tasks.idempotency_digest = excluded.idempotency_digest`
-
-const returning = ` RETURNING ` + columns
-
-// target selects the task of a [Target], whose fields are the first parameters.
-const target = `
-	WHERE id = $1 AND ($2::text IS NULL OR user_id = $2) AND ($3::bigint[] IS NULL OR version = ANY ($3))`
-
-// step is what each change does besides. A transaction that began earlier may
-// end later, hence greatest.
-const step = `version = version + 1, updated_at = greatest(updated_at, now())`
-
-// Create makes a task. With a key that the owner has used before it returns the
-// task made then, as it now is, and true; if that was to have another content,
-// [ErrKeyReused].
-func (s *Store) Create(ctx context.Context, n NewTask, key string) (t Task, replayed bool, err error) {
+// Create makes a task. If its owner has used the key before, Create returns the
+// task made then, as it is now, and true; or [ErrKeyReused] if the draft was
+// another one. An empty key is none.
+func (s *Store) Create(ctx context.Context, d TaskDraft, key string) (t Task, replayed bool, err error) {
 	now := s.now()
-	t = Task{newID(now), n.UserID, n.Title, n.Description, n.Completed, 1, now, now}
-	if key == "" {
-		tasks, err := s.creations.do(ctx, t)
-		made, err := pick(tasks, t.ID, err)
-		return made, false, err
-	}
-	made, err := s.one(ctx, insertTasks+onRepeat+returning, string(appendTasks(nil, []Task{t})), key, digest(n))
-	if errors.Is(err, ErrNotFound) {
-		err = ErrKeyReused
-	}
-	return made, made.ID != t.ID, err
-}
-
-// createAll makes several tasks: all of them, or else, if the database refuses
-// one, those that it does not refuse.
-func (s *Store) createAll(ctx context.Context, tasks []Task) ([]Task, error) {
-	made, err := s.query(ctx, insertTasks+returning, string(appendTasks(nil, tasks)), nil, nil)
-	if len(tasks) == 1 || err == nil || errors.Is(err, ErrUnavailable) {
-		return made, err
-	}
-	for _, t := range tasks {
-		one, oneErr := s.createAll(ctx, []Task{t})
-		made, err = append(made, one...), errors.Join(err, oneErr)
-	}
-	return made, err
-}
-
-// pick returns the task with an id from those of a batch. It may be there in
-// spite of an error, which is then another one's.
-func pick(tasks []Task, id string, err error) (Task, error) {
-	i := slices.IndexFunc(tasks, func(t Task) bool { return t.ID == id })
-	if i < 0 {
-		return Task{}, cmp.Or(err, ErrNotFound)
-	}
-	return tasks[i], nil
-}
-
-// now returns the time in microseconds, which is what PostgreSQL keeps, and
-// never the same twice, so that tasks of one Store sort as they were created.
-func (s *Store) now() time.Time {
-	for {
-		last := s.last.Load()
-		now := max(time.Now().UnixMicro(), last+1)
-		if s.last.CompareAndSwap(last, now) {
-			return time.UnixMicro(now).UTC()
-		}
-	}
-}
-
-// digest identifies the content of a new task.
-func digest(n NewTask) []byte {
-	text, _ := json.Marshal(n) // cannot fail: strings and a bool
-	sum := sha256.Sum256(text)
-	return sum[:]
+	t = Task{newID(now), d.UserID, d.Title, d.Description, d.Completed, 1, now, now}
+	return s.tasks.create(ctx, t, key, d)
 }
 
 // List returns a page of tasks and reports whether more follow.
 //
-// A page is one range of the index whose columns are what is filtered by, and
-// id. It is put so that PostgreSQL reads nothing else. With = for a filter it
-// would expect tasks that match to be spread evenly, and might walk another index
-// past millions that do not; = ANY asks for the same, but leaves one index only
-// that has the order asked for. That works for an index's first column. For the
-// second there is a row comparison, of which PostgreSQL looks at the first value:
-// where few tasks come behind all of this user's, it would take the range for
-// short, and read and sort all of it. Hence the subquery, into which it does not
-// look.
+// Each page is one range of the index whose columns are those of the filter, and
+// id. The conditions leave PostgreSQL no other choice. With =, the planner
+// assumes that matching tasks are spread evenly, and might walk another index
+// past millions of others; = ANY means the same, but then only one index has the
+// requested order. That works for the first column of an index. The second one
+// needs a row comparison. The planner looks at its first value only, and assumes
+// that the range is short where few tasks follow those of this user; it would
+// read and sort all of it. It does not look into a subquery.
 func (s *Store) List(ctx context.Context, f Filter) (page []Task, more bool, err error) {
 	beyond, until, order, start := ">", "<=", "", "00000000-0000-0000-0000-000000000000"
 	if f.Descending {
 		beyond, until, order, start = "<", ">=", " DESC", "ffffffff-ffff-ffff-ffff-ffffffffffff"
 	}
-	where, by, args := "id "+beyond+" $2", "", []any{f.Limit + 1, cmp.Or(f.After, start)}
-	if f.Owner != nil {
-		where, by, args = "user_id = ANY (ARRAY[$3]) AND "+where, "user_id"+order+", ", append(args, *f.Owner)
-	}
-	if f.Owner != nil && f.Completed != nil {
-		where = "user_id " + until + " $3 AND (user_id, id) " + beyond + " ((SELECT $3::text), $2)"
+	var q statement
+	after := q.bind(cmp.Or(f.After, start))
+	where, by := "id "+beyond+" "+after, "id"+order
+	switch {
+	case f.Owner != nil && f.Completed != nil:
+		owner := q.bind(*f.Owner)
+		where = "user_id " + until + " " + owner + " AND (user_id, id) " + beyond + " ((SELECT " + owner + "::text), " + after + ")"
+		by = "user_id" + order + ", " + by
+	case f.Owner != nil:
+		where = "user_id = ANY (ARRAY[" + q.bind(*f.Owner) + "]) AND " + where
+		by = "user_id" + order + ", " + by
 	}
 	if f.Completed != nil {
 		where = "completed = ANY (ARRAY[" + strconv.FormatBool(*f.Completed) + "]) AND " + where
 		by = "completed" + order + ", " + by
 	}
-	query := selectTasks + " WHERE " + where + " ORDER BY " + by + "id" + order + " LIMIT $1"
-	page, err = s.query(ctx, query, args...)
-	if len(page) > f.Limit {
-		return page[:f.Limit], true, err
-	}
-	return page, false, err
+	return s.tasks.page(ctx, f.Limit, &q, " WHERE "+where+" ORDER BY "+by)
 }
 
 // Get returns a task, whatever its version.
-func (s *Store) Get(ctx context.Context, t Target) (Task, error) {
-	tasks, err := s.fetches.do(ctx, t.ID)
-	task, err := pick(tasks, t.ID, err)
-	if err == nil && t.Owner != nil && (task.UserID == nil || *task.UserID != *t.Owner) {
-		return Task{}, ErrNotFound
+func (s *Store) Get(ctx context.Context, t Target) (Task, error) { return s.tasks.get(ctx, t) }
+
+// Patch changes the members that the patch has. An empty patch changes nothing.
+func (s *Store) Patch(ctx context.Context, t Target, p TaskPatch) (Task, error) {
+	if p == (TaskPatch{}) {
+		return s.tasks.check(ctx, t)
 	}
-	return task, err
-}
-
-// fetchAll returns the tasks with the given ids, as far as there are any.
-func (s *Store) fetchAll(ctx context.Context, ids []string) ([]Task, error) {
-	return s.query(ctx, selectTasks+" WHERE id = ANY ($1)", ids)
-}
-
-// Patch changes the members that the patch has. A patch without any changes nothing.
-func (s *Store) Patch(ctx context.Context, t Target, p Patch) (Task, error) {
-	if p == (Patch{}) {
-		return s.change(ctx, t, selectTasks+target)
+	var q statement
+	set := bumpVersion
+	if p.Title != nil {
+		set += ", title = " + q.bind(*p.Title)
 	}
-	return s.change(ctx, t, `
-	UPDATE tasks SET title = coalesce($4, title), description = CASE WHEN $5 THEN $6 ELSE description END,
-		completed = coalesce($7, completed), `+step+target+returning,
-		p.Title, p.Description.Set, p.Description.Value, p.Completed)
+	if p.Description.Set {
+		set += ", description = " + q.bind(p.Description.Value)
+	}
+	if p.Completed != nil {
+		set += ", completed = " + q.bind(*p.Completed)
+	}
+	return s.tasks.change(ctx, t, &q, "UPDATE {schema}.tasks SET "+set)
 }
 
-// Flip turns whether a task is completed into the opposite.
+// Flip inverts whether a task is completed.
 func (s *Store) Flip(ctx context.Context, t Target) (Task, error) {
-	return s.change(ctx, t, `UPDATE tasks SET completed = NOT completed, `+step+target+returning)
+	return s.tasks.change(ctx, t, &statement{}, "UPDATE {schema}.tasks SET "+bumpVersion+", completed = NOT completed")
 }
 
 // Delete deletes a task.
 func (s *Store) Delete(ctx context.Context, t Target) error {
-	_, err := s.change(ctx, t, `DELETE FROM tasks`+target+returning)
+	_, err := s.tasks.change(ctx, t, &statement{}, "DELETE FROM {schema}.tasks")
 	return err
 }
 
-// change runs a statement on a target, whose fields are its first parameters.
-// When there was none, it tells a task that is not there from one that has
-// another version.
-func (s *Store) change(ctx context.Context, t Target, query string, args ...any) (Task, error) {
-	task, err := s.one(ctx, query, append([]any{t.ID, t.Owner, t.Versions}, args...)...)
-	if errors.Is(err, ErrNotFound) && t.Versions != nil {
-		if _, err := s.Get(ctx, Target{ID: t.ID, Owner: t.Owner}); err != nil {
-			return Task{}, err
+// bumpVersion is the bookkeeping that all updates share. A transaction that began
+// earlier may end later, hence greatest.
+const bumpVersion = "version = version + 1, updated_at = greatest(updated_at, now())"
+
+// database is a pool, and what all tables on it share.
+type database struct {
+	db     *sql.DB
+	turns  chan struct{} // has an element for each connection in use
+	last   atomic.Int64  // the latest time that now returned, in microseconds
+	schema atomic.Pointer[string]
+}
+
+// now returns the time in microseconds, PostgreSQL's unit. It never returns the
+// same time twice, so rows of one Store sort as they were created.
+func (d *database) now() time.Time {
+	for {
+		last := d.last.Load()
+		now := max(time.Now().UnixMicro(), last+1)
+		if d.last.CompareAndSwap(last, now) {
+			return time.UnixMicro(now).UTC()
 		}
-		return Task{}, ErrVersion
 	}
-	return task, err
 }
 
-// one runs a statement that returns one task. [ErrNotFound]: it returned none.
-func (s *Store) one(ctx context.Context, statement string, args ...any) (Task, error) {
-	tasks, err := s.query(ctx, statement, args...)
+// qualify replaces {schema}.
+func (d *database) qualify(ctx context.Context, text string) (string, error) {
+	name := d.schema.Load()
+	if name == nil {
+		found, err := findSchema(ctx, d.db)
+		if err != nil {
+			return "", fmt.Errorf("find the schema: %w", err)
+		}
+		name = &found
+		d.schema.Store(name)
+	}
+	return strings.ReplaceAll(text, "{schema}", *name), nil
+}
+
+// findSchema returns the quoted name of the first schema on the search_path that
+// db itself asks for. Another client of a pooler may have left another
+// search_path in the session, so it is reset, for this statement alone.
+func findSchema(ctx context.Context, db *sql.DB) (string, error) {
+	var name *string
+	err := db.QueryRowContext(ctx, `
+	SELECT quote_ident(current_schema())
+	FROM (SELECT set_config('search_path', reset_val, true) AS path FROM pg_settings WHERE name = 'search_path') AS reset
+	WHERE path IS NOT NULL`).Scan(&name)
 	if err != nil {
-		return Task{}, err
+		return "", err
 	}
-	if len(tasks) == 0 {
-		return Task{}, ErrNotFound
+	if name == nil {
+		return "", errors.New("search_path names no schema that exists")
 	}
-	return tasks[0], nil
+	return *name, nil
 }
 
-// query runs a statement that returns tasks. It first waits for a turn on the
-// pool: turns come in the order of asking, while database/sql alone serves in no
-// order, so that under load some requests would wait until their deadline.
-func (s *Store) query(ctx context.Context, statement string, args ...any) (tasks []Task, err error) {
-	defer func() { err = unavailable(ctx, err) }()
+// statement is a statement that is written in pieces. Conditions that do not
+// apply are left out, so PostgreSQL does not have to plan them.
+type statement struct{ args []any }
+
+// bind adds an argument and returns its placeholder.
+func (s *statement) bind(arg any) string {
+	s.args = append(s.args, arg)
+	return "$" + strconv.Itoa(len(s.args))
+}
+
+// where returns the conditions for a target.
+func (s *statement) where(t Target) string {
+	where := " WHERE id = " + s.bind(t.ID)
+	if t.Owner != nil {
+		where += " AND user_id = " + s.bind(*t.Owner)
+	}
+	if t.Match != nil {
+		where += " AND version = ANY (" + s.bind(t.Match) + ")"
+	}
+	if t.NoneMatch != nil {
+		where += " AND version <> ALL (" + s.bind(t.NoneMatch) + ")"
+	}
+	if t.NoneMatchAny {
+		where += " AND false"
+	}
+	return where
+}
+
+// A table holds values of type T. Besides their columns it has the columns
+// idempotency_key and idempotency_digest.
+type table[T resource] struct {
+	*database
+	names     []string       // of the columns
+	fields    func(*T) []any // pointers to the fields of a value, in the order of names
+	selects   string         // SELECT … FROM
+	inserts   string         // INSERT of the rows of a JSON array, with a key and its digest
+	onRepeat  string         // what happens when the key exists
+	returning string
+	fetches   *batcher[string, *T] // nil results: there is no such row
+	creations *batcher[T, *T]      // nil results: the row was not stored
+}
+
+// newTable describes a table. columns are the columns of T with their types.
+func newTable[T resource](d *database, name, columns string, fields func(*T) []any) *table[T] {
+	t := &table[T]{database: d, fields: fields}
+	for column := range strings.SplitSeq(columns, ", ") {
+		name, _, _ := strings.Cut(column, " ")
+		t.names = append(t.names, name)
+	}
+	list := strings.Join(t.names, ", ")
+	t.selects = "SELECT " + list + " FROM {schema}." + name
+	t.inserts = "INSERT INTO {schema}." + name + " AS old (" + list + ", idempotency_key, idempotency_digest)" +
+		" SELECT " + list + ", $2, $3 FROM json_to_recordset($1) AS new (" + columns + ")"
+	// The update changes nothing. It makes the statement return a row that
+	// another statement, perhaps still running, has inserted.
+	t.onRepeat = " ON CONFLICT (coalesce(user_id, ''), idempotency_key) WHERE idempotency_key IS NOT NULL" +
+		" DO UPDATE SET idempotency_key = excluded.idempotency_key" +
+		" WHERE old.idempotency_digest = excluded.idempotency_digest"
+	t.returning = " RETURNING " + list
+	mayRepeat := func(err error) bool { return !errors.Is(err, ErrUnavailable) }
+	t.fetches = newBatcher(t.fetchAll, mayRepeat)
+	t.creations = newBatcher(t.createAll, mayRepeat)
+	return t
+}
+
+// create inserts a row. With a key, content is what a repeat must agree with.
+func (t *table[T]) create(ctx context.Context, row T, key string, content any) (made T, replayed bool, err error) {
+	if key == "" {
+		found, err := t.creations.do(ctx, row)
+		made, err := valueOr(found, translate(ctx, err), errNotStored)
+		return made, false, err
+	}
+	text, err := json.Marshal(content)
+	if err != nil {
+		return made, false, err
+	}
+	digest := sha256.Sum256(text)
+	rows, err := t.write(ctx, t.inserts+t.onRepeat+t.returning, t.records(row), key, digest[:])
+	if err != nil || len(rows) == 0 {
+		return made, false, cmp.Or(err, ErrKeyReused)
+	}
+	own, _, _ := row.identity()
+	id, _, _ := rows[0].identity()
+	return rows[0], id != own, nil
+}
+
+// errNotStored is the error of a row that the database has dropped.
+var errNotStored = errors.New("a trigger or a policy of the database kept the row from being stored")
+
+// createAll inserts rows, and returns them as they are stored.
+func (t *table[T]) createAll(ctx context.Context, rows []T) ([]*T, error) {
+	made, err := t.write(ctx, t.inserts+t.returning, t.records(rows...), nil, nil)
+	ids := make([]string, len(rows))
+	for i, row := range rows {
+		ids[i], _, _ = row.identity()
+	}
+	return byID(made, ids), err
+}
+
+// records returns rows as a JSON array of objects, named as the columns are.
+func (t *table[T]) records(rows ...T) string {
+	var b []byte
+	for i := range rows {
+		b = append(b, '{')
+		for j, field := range t.fields(&rows[i]) {
+			value, _ := json.Marshal(field) // cannot fail: strings, numbers, booleans and times
+			b = fmt.Appendf(b, `"%s":%s,`, t.names[j], value)
+		}
+		b = append(b[:len(b)-1], "},"...)
+	}
+	return "[" + string(b[:len(b)-1]) + "]"
+}
+
+// page runs a query and returns its first rows.
+func (t *table[T]) page(ctx context.Context, limit int, q *statement, text string) (rows []T, more bool, err error) {
+	rows, err = t.rows(ctx, false, t.selects+text+" LIMIT "+q.bind(limit+1), q.args...)
+	if len(rows) > limit {
+		return rows[:limit], true, err
+	}
+	return rows, false, err
+}
+
+// get returns a row, whatever its version.
+func (t *table[T]) get(ctx context.Context, target Target) (row T, err error) {
+	found, err := t.fetches.do(ctx, target.ID)
+	row, err = valueOr(found, translate(ctx, err), ErrNotFound)
+	if _, owner, _ := row.identity(); err == nil && target.Owner != nil && (owner == nil || *owner != *target.Owner) {
+		var none T
+		return none, ErrNotFound
+	}
+	return row, err
+}
+
+// fetchAll returns the rows with the given ids.
+func (t *table[T]) fetchAll(ctx context.Context, ids []string) ([]*T, error) {
+	rows, err := t.rows(ctx, false, t.selects+" WHERE id = ANY ($1)", ids)
+	return byID(rows, ids), err
+}
+
+// byID returns pointers to the rows with the given ids, in their order.
+func byID[T resource](rows []T, ids []string) []*T {
+	found := make(map[string]*T, len(rows))
+	for i := range rows {
+		id, _, _ := rows[i].identity()
+		found[id] = &rows[i]
+	}
+	all := make([]*T, len(ids))
+	for i, id := range ids {
+		all[i] = found[id]
+	}
+	return all
+}
+
+// check returns a row if it has one of the target's versions.
+func (t *table[T]) check(ctx context.Context, target Target) (T, error) {
+	row, err := t.get(ctx, target)
+	if _, _, version := row.identity(); err == nil && (!target.matches(version) || target.excludes(version)) {
+		return row, ErrPrecondition
+	}
+	return row, err
+}
+
+// change runs an UPDATE or a DELETE on a target and returns its row.
+func (t *table[T]) change(ctx context.Context, target Target, q *statement, text string) (row T, err error) {
+	rows, err := t.write(ctx, text+q.where(target)+t.returning, q.args...)
+	if err != nil {
+		return row, err
+	}
+	if len(rows) > 0 {
+		return rows[0], nil
+	}
+	if _, err := t.get(ctx, target); err != nil {
+		return row, err
+	}
+	if target.Match == nil && target.NoneMatch == nil && !target.NoneMatchAny {
+		return row, errNotStored
+	}
+	return row, ErrPrecondition
+}
+
+// write runs a statement that must not run twice.
+func (t *table[T]) write(ctx context.Context, text string, args ...any) ([]T, error) {
+	return t.rows(ctx, true, text, args...)
+}
+
+// rows runs a statement and scans the rows that it returns. On a pinned
+// connection database/sql never runs a statement again; on any other it does when
+// the connection turns out to be lost, even if the statement took effect.
+//
+// It first waits for a turn. Turns come in the order of asking. database/sql
+// alone serves waiters in no order, so under load some would wait until their
+// deadline.
+func (t *table[T]) rows(ctx context.Context, pinned bool, text string, args ...any) (all []T, err error) {
+	defer func() { err = translate(ctx, err) }()
 	select {
-	case s.turns <- struct{}{}:
-		defer func() { <-s.turns }()
+	case t.turns <- struct{}{}:
+		defer func() { <-t.turns }()
 	case <-ctx.Done():
 		return nil, ctx.Err()
 	}
-	rows, err := s.db.QueryContext(ctx, statement, args...)
+	text, err = t.qualify(ctx, text)
+	if err != nil {
+		return nil, err
+	}
+	query := t.db.QueryContext
+	if pinned {
+		conn, err := t.db.Conn(ctx)
+		if err != nil {
+			return nil, err
+		}
+		defer conn.Close()
+		query = conn.QueryContext
+	}
+	rows, err := query(ctx, text, args...)
 	if err != nil {
 		return nil, err
 	}
 	defer rows.Close()
-	tasks = make([]Task, 0, 16)
+	all = make([]T, 0, 16)
 	for rows.Next() {
-		tasks = append(tasks, Task{})
-		t := &tasks[len(tasks)-1]
-		if err := rows.Scan(&t.ID, &t.UserID, &t.Title, &t.Description, &t.Completed, &t.Version, &t.CreatedAt, &t.UpdatedAt); err != nil {
+		all = append(all, *new(T))
+		if err := rows.Scan(t.fields(&all[len(all)-1])...); err != nil {
 			return nil, err
 		}
-		t.CreatedAt, t.UpdatedAt = t.CreatedAt.UTC(), t.UpdatedAt.UTC()
 	}
-	// The rows may have come before the end of the transaction did, and
-	// database/sql does not report what becomes of a statement whose context
-	// ends in between.
-	if err := cmp.Or(rows.Err(), ctx.Err()); err != nil {
-		return nil, err
-	}
-	return tasks, nil
+	// The rows may arrive before the end of the transaction, and database/sql
+	// does not report the fate of a statement whose context ends in between.
+	return all, cmp.Or(rows.Err(), ctx.Err())
 }
 
-// unavailable makes an error that the database or the end of ctx is to blame for
-// an [ErrUnavailable].
-func unavailable(ctx context.Context, err error) error {
+// valueOr returns what p points to, or err, or absent if p is nil without err.
+func valueOr[T any](p *T, err, absent error) (value T, _ error) {
+	if p == nil || err != nil {
+		return value, cmp.Or(err, absent)
+	}
+	return *p, nil
+}
+
+// translate makes an error of the driver one of the package's.
+func translate(ctx context.Context, err error) error {
 	_, unreachable := errors.AsType[*connectError](err)
-	if err == nil || ctx.Err() == nil && !unreachable && !transient(err) {
+	switch {
+	case err == nil || errors.Is(err, ErrUnavailable):
 		return err
+	case sqlState(err) == "23503": // foreign_key_violation
+		return fmt.Errorf("%w: %w", ErrUnknownUser, err)
+	case ctx.Err() != nil || unreachable || transient(err):
+		return fmt.Errorf("%w: %w", ErrUnavailable, err)
 	}
-	return fmt.Errorf("%w: %w", ErrUnavailable, err)
-}
-
-// A gatherer makes one statement of the calls that come while another is under
-// way: one round trip, one plan and one commit for all of them. A call that
-// meets none goes at once, and none waits for longer than gatherTime, so that a
-// connection which has died holds up nobody else's calls.
-type gatherer[T any] struct {
-	run      func(context.Context, []T) ([]Task, error)
-	mu       sync.Mutex
-	next     *batch[T] // which calls join; nil: the next call begins one
-	underWay int
-}
-
-const (
-	gatherTime    = time.Millisecond
-	deadlineSlack = 100 * time.Millisecond // by which a call may lose
-	maxBatch      = 100                    // calls
-)
-
-// batch is the calls that one statement is for. It ends with the deadline of the
-// first, or when all have left.
-type batch[T any] struct {
-	ctx     context.Context
-	cancel  context.CancelFunc
-	calls   []T
-	waiting int           // calls that have not left
-	start   chan struct{} // has an element when the batch need not wait for more
-	done    chan struct{} // closed when tasks and err are there
-	tasks   []Task
-	err     error
-}
-
-// do makes a call part of a batch, and returns what came of all of it. Whoever
-// came first runs it, and stays for the others.
-func (g *gatherer[T]) do(ctx context.Context, call T) ([]Task, error) {
-	b, first := g.join(ctx, call)
-	defer context.AfterFunc(ctx, func() { g.leave(b) })()
-	if first {
-		g.lead(b)
-	}
-	select {
-	case <-b.done:
-		return b.tasks, b.err
-	case <-ctx.Done():
-		return nil, unavailable(ctx, ctx.Err())
-	}
-}
-
-func (g *gatherer[T]) join(ctx context.Context, call T) (b *batch[T], first bool) {
-	g.mu.Lock()
-	defer g.mu.Unlock()
-	if g.next == nil || g.next.endsBefore(ctx) {
-		g.next, first = newBatch[T](ctx), true
-	}
-	b = g.next
-	b.calls = append(b.calls, call)
-	b.waiting++
-	full := len(b.calls) == maxBatch
-	if full {
-		g.next = nil
-	}
-	if full || g.underWay == 0 {
-		b.begin()
-	}
-	return b, first
-}
-
-func newBatch[T any](ctx context.Context) *batch[T] {
-	b := &batch[T]{start: make(chan struct{}, 1), done: make(chan struct{})}
-	deadline, ok := ctx.Deadline()
-	ctx = context.WithoutCancel(ctx)
-	if ok {
-		b.ctx, b.cancel = context.WithDeadline(ctx, deadline)
-	} else {
-		b.ctx, b.cancel = context.WithCancel(ctx)
-	}
-	return b
-}
-
-// endsBefore reports whether a call with ctx would lose much of its time in the
-// batch.
-func (b *batch[T]) endsBefore(ctx context.Context) bool {
-	end, limited := b.ctx.Deadline()
-	deadline, ok := ctx.Deadline()
-	return limited && (!ok || deadline.Sub(end) > deadlineSlack)
-}
-
-// begin lets a batch begin, if it has not.
-func (b *batch[T]) begin() {
-	select {
-	case b.start <- struct{}{}:
-	default:
-	}
-}
-
-func (g *gatherer[T]) leave(b *batch[T]) {
-	g.mu.Lock()
-	defer g.mu.Unlock()
-	if b.waiting--; b.waiting > 0 {
-		return
-	}
-	b.cancel()
-	if g.next == b {
-		g.next = nil
-	}
-}
-
-// lead runs a batch.
-func (g *gatherer[T]) lead(b *batch[T]) {
-	select {
-	case <-b.start:
-	case <-time.After(gatherTime):
-	}
-	g.mu.Lock()
-	if g.next == b {
-		g.next = nil
-	}
-	g.underWay++
-	g.mu.Unlock()
-	defer func() { // after a panic too
-		b.cancel()
-		close(b.done)
-		g.mu.Lock()
-		defer g.mu.Unlock()
-		if g.underWay--; g.next != nil {
-			g.next.begin()
-		}
-	}()
-	b.err = ErrUnavailable // stands if it panics
-	b.tasks, b.err = g.run(b.ctx, b.calls)
+	return err
 }

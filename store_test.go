@@ -5,15 +5,16 @@ package main
 // statement, and which index serves which page.
 
 import (
+	"cmp"
 	"context"
 	"database/sql"
-	"errors"
 	"fmt"
+	"os/exec"
+	"path/filepath"
 	"slices"
 	"strings"
 	"sync"
 	"testing"
-	"testing/synctest"
 	"time"
 )
 
@@ -31,113 +32,249 @@ func newRole(t *testing.T, dbURL string) (roleURL, role string) {
 	return strings.Replace(dbURL, "user=postgres", "user="+role, 1), role
 }
 
-func TestMigrateAgain(t *testing.T) {
-	t.Parallel()
-	a := newAPI(t, Options{})
-	task := a.create(`{"title":"a"}`)
-	const objects = "SELECT string_agg(relname || relfilenode, ' ' ORDER BY relname) FROM pg_class WHERE relname LIKE 'tasks%'"
-	var before, after string
-	if err := a.db.QueryRow(objects).Scan(&before); err != nil {
-		t.Fatal(err)
-	}
-	if err := a.store.Migrate(t.Context()); err != nil {
-		t.Fatal(err)
-	}
-	if err := a.db.QueryRow(objects).Scan(&after); err != nil || after != before {
-		t.Errorf("%v: before %s\nafter %s", err, before, after)
-	}
-	if got := a.task(a.do("GET", "/api/tasks/"+task.ID, "")); got != task {
-		t.Errorf("got %+v, want %+v", got, task)
-	}
-}
-
-// A start beside a standing schema waits for no write that is under way, so that
-// no other has to wait for it.
-func TestMigrateBesideWrites(t *testing.T) {
-	t.Parallel()
-	a := newAPI(t, Options{})
-	tx, err := a.db.Begin()
-	if err == nil {
-		_, err = tx.Exec("INSERT INTO tasks (id, title) VALUES (gen_random_uuid(), 'a')")
-	}
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer tx.Rollback()
+// applySchema applies the schema as a start does, and returns where it is.
+func applySchema(t *testing.T, dbURL string) (schema string, err error) {
+	t.Helper()
+	db := open(t, dbURL)
+	defer db.Close()
 	ctx, cancel := context.WithTimeout(t.Context(), promptly)
 	defer cancel()
-	if err := a.store.Migrate(ctx); err != nil {
-		t.Error(err)
+	if err := NewStore(db).Migrate(ctx); err != nil {
+		return "", err
+	}
+	return findSchema(ctx, db)
+}
+
+// The previous version made this schema.
+const previousSchema = `
+	CREATE TABLE tasks (
+		id uuid PRIMARY KEY, user_id text CHECK (char_length(user_id) BETWEEN 1 AND 255),
+		title text NOT NULL CHECK (char_length(title) <= 200), description text CHECK (char_length(description) <= 10000),
+		completed boolean NOT NULL DEFAULT false, version bigint NOT NULL DEFAULT 1 CHECK (version >= 1),
+		created_at timestamptz NOT NULL DEFAULT now(), updated_at timestamptz NOT NULL DEFAULT now(),
+		idempotency_key text, idempotency_digest bytea,
+		CONSTRAINT tasks_updated_at CHECK (updated_at >= created_at),
+		CONSTRAINT tasks_idempotency CHECK ((idempotency_key IS NULL) = (idempotency_digest IS NULL)));
+	CREATE INDEX tasks_completed_id ON tasks (completed, id);
+	CREATE INDEX tasks_user_id_id ON tasks (user_id, id);
+	CREATE INDEX tasks_completed_user_id_id ON tasks (completed, user_id, id);
+	CREATE UNIQUE INDEX tasks_idempotency_key ON tasks (coalesce(user_id, ''), idempotency_key) WHERE idempotency_key IS NOT NULL;`
+
+const forbidDDL = `
+	CREATE FUNCTION forbid() RETURNS event_trigger LANGUAGE plpgsql AS $$ BEGIN RAISE 'no DDL'; END $$;
+	CREATE EVENT TRIGGER forbid ON ddl_command_start EXECUTE FUNCTION forbid()`
+
+// A complete schema stays as it is. A start needs only the privileges to use it,
+// and waits for no lock on the table.
+func TestMigrateStanding(t *testing.T) {
+	t.Parallel()
+	for name, setup := range map[string]string{
+		"new":                 "",
+		"previous version":    "DROP TABLE tasks;" + previousSchema,
+		"event trigger":       forbidDDL,
+		"other index options": "ALTER INDEX tasks_user_id_id SET (fillfactor = 70); ALTER INDEX tasks_idempotency_key RENAME TO k",
+		"other columns":       "ALTER TABLE tasks DROP description, ADD description text, ADD due date, ADD n int NOT NULL DEFAULT 1",
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			dbURL := newDatabase(t)
+			roleURL, role := newRole(t, dbURL)
+			execSQL(t, dbURL, "ALTER DEFAULT PRIVILEGES GRANT SELECT, INSERT, UPDATE, DELETE ON TABLES TO "+role)
+			a := newAPIOn(t, dbURL, Options{})
+			execSQL(t, dbURL, setup)
+			state := func() (s string) {
+				if err := a.db.QueryRow(`SELECT string_agg(concat_ws(' ', relname, relfilenode, relchecks), ' ' ORDER BY relname)
+					FROM pg_class WHERE relnamespace = 'public'::regnamespace`).Scan(&s); err != nil {
+					t.Error(err)
+				}
+				return s
+			}
+			before, unlock := state(), lockTasks(t, dbURL, "LOCK TABLE tasks IN EXCLUSIVE MODE") // reads go on
+			for _, url := range []string{dbURL, roleURL, dbURL + " default_transaction_read_only=on"} {
+				if schema, err := applySchema(t, url); err != nil || schema != "public" {
+					t.Errorf("schema %q, %v", schema, err)
+				}
+			}
+			unlock()
+			if after := state(); after != before {
+				t.Errorf("before %s\nafter  %s", before, after)
+			}
+			made := a.create(`{"title":"a"}`, "Idempotency-Key", "k")
+			if again := a.create(`{"title":"a"}`, "Idempotency-Key", "k"); again != made {
+				t.Errorf("made %+v, then %+v", made, again)
+			}
+		})
 	}
 }
 
-// What another schema on the search path has is not taken for one's own.
-func TestMigrateOtherSchema(t *testing.T) {
+// A standby can be started on, and what is missing there is an error that may pass.
+func TestMigrateStandby(t *testing.T) {
+	t.Parallel()
+	primary := newServer(t)
+	standby := newStandby(t, primary, shortTempDir(t))
+	if _, err := applySchema(t, standby.URL); sqlState(err) != "25006" || !errors.Is(err, ErrUnavailable) {
+		t.Error(err)
+	}
+	execSQL(t, primary.URL, "SET synchronous_commit = remote_apply; "+schema)
+	if schema, err := applySchema(t, standby.URL); err != nil || schema != "public" {
+		t.Errorf("schema %q, %v", schema, err)
+	}
+}
+
+// What the service could not work with is named, and left as it is.
+func TestMigrateRefuses(t *testing.T) {
 	t.Parallel()
 	dbURL := newDatabase(t)
-	newAPIOn(t, dbURL, Options{}).create(`{"title":"a"}`)
-	execSQL(t, dbURL, "CREATE SCHEMA mine")
-	a := newAPIOn(t, dbURL+" search_path=mine,public", Options{})
-	a.create(`{"title":"b"}`, "Idempotency-Key", "k")
-	if n := queryInt(t, dbURL, "SELECT count(*) FROM pg_indexes WHERE schemaname = 'mine'"); n != 5 {
+	db := open(t, dbURL)
+	defer db.Close()
+	const sqlModel = `CREATE TABLE tasks (id serial PRIMARY KEY, user_id varchar, title varchar NOT NULL, description varchar,
+		completed boolean NOT NULL, created_at timestamp NOT NULL, updated_at timestamp NOT NULL)`
+	for i, tt := range []struct {
+		name, setup string // $role and $here, its schema, are the case's own
+		want        string // in the error
+	}{
+		{"no table, no privilege", "", `there is no table $here.tasks, and role "$role" may not create it: GRANT CREATE ON SCHEMA $here`},
+		{"no schema", "DROP SCHEMA $here", `search_path ($here) names no schema that exists`},
+		{"no privilege on the schema", "REVOKE USAGE ON SCHEMA $here FROM $role", "GRANT USAGE on it"},
+		{"no SELECT", "$schema; GRANT INSERT, UPDATE, DELETE ON tasks TO $role", "GRANT SELECT ON $here.tasks TO $role"},
+		{"no INSERT", "$schema; GRANT SELECT, UPDATE, DELETE ON tasks TO $role", "GRANT INSERT ON"},
+		{"no UPDATE", "$schema; GRANT SELECT, INSERT, DELETE ON tasks TO $role", "GRANT UPDATE ON"},
+		{"no DELETE", "$schema; GRANT SELECT, INSERT, UPDATE ON tasks TO $role", "GRANT DELETE ON"},
+		{"nothing granted", "$schema", "GRANT SELECT, INSERT, UPDATE, DELETE ON"},
+		{"not the owner, index missing", "$schema; GRANT ALL ON tasks TO $role; GRANT CREATE ON SCHEMA $here TO $role; DROP INDEX tasks_idempotency_key",
+			`there is no index $here.tasks_idempotency_key, and role "$role" may not create it`},
+		{"index invalid", "$schema; ALTER TABLE tasks OWNER TO $role; GRANT CREATE ON SCHEMA $here TO $role; UPDATE pg_index SET indisvalid = false WHERE indexrelid = 'tasks_user_id_id'::regclass",
+			"DROP INDEX $here.tasks_user_id_id"},
+		{"index on other columns", "$schema; ALTER TABLE tasks OWNER TO $role; DROP INDEX tasks_idempotency_key; CREATE UNIQUE INDEX tasks_idempotency_key ON tasks (user_id, idempotency_key)",
+			"DROP INDEX $here.tasks_idempotency_key"},
+		{"index not unique", "$schema; ALTER TABLE tasks OWNER TO $role; DROP INDEX tasks_idempotency_key; CREATE INDEX tasks_idempotency_key ON tasks (coalesce(user_id, ''), idempotency_key) WHERE idempotency_key IS NOT NULL",
+			"DROP INDEX $here.tasks_idempotency_key"},
+		{"no primary key", "$schema; GRANT ALL ON tasks TO $role; ALTER TABLE tasks DROP CONSTRAINT tasks_pkey", "no index $here.tasks_id,"},
+		{"column missing", "$schema; GRANT ALL ON tasks TO $role; ALTER TABLE tasks DROP description", `table $here.tasks has no column "description text":`},
+		{"column of another type", "$schema; GRANT ALL ON tasks TO $role; ALTER TABLE tasks ALTER version TYPE int", `no column "version bigint NOT NULL":`},
+		{"column that may be null", "$schema; GRANT ALL ON tasks TO $role; ALTER TABLE tasks ALTER version DROP NOT NULL", `no column "version bigint NOT NULL":`},
+		{"column that may not be null", "$schema; GRANT ALL ON tasks TO $role; ALTER TABLE tasks ADD due date NOT NULL", `column "due date NOT NULL", which has no default:`},
+		{"SQLModel's table", sqlModel + "; ALTER TABLE tasks OWNER TO $role; GRANT CREATE ON SCHEMA $here TO $role", `no column "id uuid NOT NULL", no column "user_id text"`},
+		{"SQLModel's table, way out", sqlModel, `README, "Coming from SQLModel"`},
+		{"view", "CREATE VIEW tasks AS SELECT 1 AS id", "$here.tasks is not a table"},
+	} {
+		here, role := fmt.Sprint("schema_", i), fmt.Sprintf("role_%d_%d", testServer.databases, i)
+		fill := strings.NewReplacer("$role", role, "$here", here, "$schema", schema)
+		execSQL(t, dbURL, fill.Replace("CREATE SCHEMA $here; CREATE ROLE $role LOGIN; GRANT USAGE ON SCHEMA $here TO $role"))
+		url := dbURL + " search_path=" + here
+		execSQL(t, url, fill.Replace(tt.setup))
+		const objects = "SELECT coalesce(string_agg(c::text || i::text, ' ' ORDER BY c.oid), '') FROM pg_class c LEFT JOIN pg_index i ON indexrelid = c.oid WHERE relnamespace::regnamespace::text = $1"
+		var before, after string
+		beforeErr := db.QueryRow(objects, here).Scan(&before)
+		_, err := applySchema(t, strings.Replace(url, "user=postgres", "user="+role, 1))
+		if want := fill.Replace(tt.want); err == nil || transient(err) || !strings.HasPrefix(err.Error(), "apply the schema: ") || !strings.Contains(err.Error(), want) {
+			t.Errorf("%s: got %v\nwant %s", tt.name, err, want)
+		}
+		if err := cmp.Or(db.QueryRow(objects, here).Scan(&after), beforeErr); err != nil || after != before {
+			t.Errorf("%s: %v\nbefore %s\nafter  %s", tt.name, err, before, after)
+		}
+	}
+}
+
+// A missing index is made, but a lock that it needs is not waited for.
+func TestMigrateIndex(t *testing.T) {
+	t.Parallel()
+	dbURL := newDatabase(t)
+	execSQL(t, dbURL, schema+"; DROP INDEX tasks_idempotency_key; ALTER TABLE tasks DROP CONSTRAINT tasks_pkey")
+	unlock := lockTasks(t, dbURL, "LOCK TABLE tasks IN ROW EXCLUSIVE MODE")
+	if _, err := applySchema(t, dbURL); sqlState(err) != "55P03" || !errors.Is(err, ErrUnavailable) {
+		t.Errorf("with a write under way: %v", err)
+	}
+	unlock()
+	if _, err := applySchema(t, dbURL); err != nil {
+		t.Fatal(err)
+	}
+	if n := queryInt(t, dbURL, "SELECT count(*) FROM pg_index WHERE indrelid = 'tasks'::regclass AND indisvalid"); n != 5 {
 		t.Errorf("%d indexes", n)
 	}
 }
 
+// Starts that come together make the schema once, whatever isolation they have.
 func TestMigrateTogether(t *testing.T) {
 	t.Parallel()
-	dbURL := newDatabase(t)
-	together(8, func(int) {
-		db := open(t, dbURL)
-		defer db.Close()
-		if err := NewStore(db).Migrate(t.Context()); err != nil {
-			t.Error(err)
-		}
-	})
-	newAPIOn(t, dbURL, Options{}).create(`{"title":"a"}`)
+	for _, isolation := range []string{"read committed", "serializable"} {
+		dbURL := newDatabase(t) + " default_transaction_isolation='" + isolation + "'"
+		together(8, func(int) {
+			waitFor(t, "the schema", func() bool {
+				_, err := applySchema(t, dbURL)
+				if err != nil && sqlState(err) != "55P03" { // a start waits for a second
+					t.Error(isolation, err)
+				}
+				return err == nil
+			})
+		})
+	}
 }
 
-// A role that may not create tables, or does not own the one that stands, has
-// what it needs. Where none stands it is told what it lacks.
-func TestMigrateWithoutPrivileges(t *testing.T) {
+// The schema is the first of the connection's own search_path that exists,
+// whatever another client has left in the session.
+func TestMigrateSearchPath(t *testing.T) {
 	t.Parallel()
-	for _, tt := range []struct {
-		name   string
-		stands bool
-		grants string // to the role
-		want   string // in the error
-	}{
-		{"tables may be used", true, "GRANT SELECT, INSERT, UPDATE, DELETE ON tasks TO %s", ""},
-		{"others may be made too", true, "GRANT SELECT, INSERT, UPDATE, DELETE ON tasks TO %[1]s; GRANT CREATE ON SCHEMA public TO %[1]s", ""},
-		{"table may not be read", true, "", "permission denied"},
-		{"no table", false, "", "permission denied for schema public"},
-		{"no table, but may make one", false, "GRANT CREATE ON SCHEMA public TO %s", ""},
+	for _, tt := range []struct{ name, setup, params, want string }{
+		{"default", "", "", "public"},
+		{"in the connection string", "CREATE SCHEMA mine", " search_path=nowhere,mine,public", "mine"},
+		{"the role's", "CREATE SCHEMA mine; ALTER ROLE $role SET search_path = mine, public", "", "mine"},
+		{"of the role's name", "CREATE SCHEMA $role", "", "$role"},
+		{"quoted", `CREATE SCHEMA "we""ird, Schema"`, ` search_path='"we""ird, Schema"'`, `"we""ird, Schema"`},
+		{"pooler", "CREATE SCHEMA mine; ALTER ROLE $role SET search_path = mine, public", "", "mine"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			t.Parallel()
 			dbURL := newDatabase(t)
 			roleURL, role := newRole(t, dbURL)
-			if tt.stands {
-				newAPIOn(t, dbURL, Options{})
+			fill := strings.NewReplacer("$role", role)
+			execSQL(t, dbURL, "CREATE SCHEMA theirs; CREATE TABLE theirs.tasks (); ALTER ROLE "+role+" SUPERUSER; "+fill.Replace(tt.setup))
+			if tt.name == "pooler" {
+				roleURL = pooled(t, roleURL)
 			}
-			if tt.grants != "" {
-				execSQL(t, dbURL, fmt.Sprintf(tt.grants, role))
-			}
-			if tt.want == "" {
-				a := newAPIOn(t, roleURL, Options{}) // which migrates
-				for _, op := range operations(a.create(`{"title":"a"}`, "Idempotency-Key", "k").ID) {
-					a.want(op.want, a.do(op.method, op.path, op.body))
-				}
-				return
-			}
-			db := open(t, roleURL)
+			db := open(t, roleURL+tt.params)
 			defer db.Close()
-			err := NewStore(db).Migrate(t.Context())
-			if err == nil || transient(err) || !strings.HasPrefix(err.Error(), "apply the schema: ") || !strings.Contains(err.Error(), tt.want) {
-				t.Errorf("got %v, want %s", err, tt.want)
+			db.SetMaxOpenConns(1) // a pooler with one server connection
+			for _, left := range []string{"", "theirs"} {
+				if _, err := db.Exec("CREATE TEMP TABLE IF NOT EXISTS tasks (); SELECT set_config('search_path', '" + left + "', false)"); err != nil {
+					t.Fatal(err)
+				}
+				got, err := findSchema(t.Context(), db)
+				if want := fill.Replace(tt.want); got != want || err != nil {
+					t.Errorf("schema %s, %v; want %s", got, err, want)
+				}
+				if err := NewStore(db).Migrate(t.Context()); err != nil {
+					t.Error(err)
+				}
+				if n := queryInt(t, dbURL, "SELECT count(*) FROM pg_index WHERE indrelid = $1::regclass", got+".tasks"); n != 5 {
+					t.Errorf("%d indexes on %s.tasks", n, got)
+				}
+				var path string
+				if err := db.QueryRow("SHOW search_path").Scan(&path); err != nil || path != left {
+					t.Errorf("search_path is now %q, %v", path, err)
+				}
 			}
 		})
 	}
+	if _, err := applySchema(t, "host=/nowhere"); !errors.Is(err, ErrUnavailable) {
+		t.Error(err)
+	}
+}
+
+// psql makes the same schema.
+func TestSchemaByHand(t *testing.T) {
+	t.Parallel()
+	dbURL := newDatabase(t)
+	pgCtlPath, err := filepath.EvalSymlinks(testServer.bin + "/pg_ctl") // beside which psql is
+	if err != nil {
+		t.Fatal(err)
+	}
+	psql := exec.Command(filepath.Dir(pgCtlPath)+"/psql", "-X", "-v", "ON_ERROR_STOP=1", "-d", dbURL, "-f", "schema.sql")
+	if out, err := psql.CombinedOutput(); err != nil || string(out) != "DO\n" {
+		t.Fatalf("%v\n%s", err, out)
+	}
+	execSQL(t, dbURL, forbidDDL)
+	newAPIOn(t, dbURL, Options{}).create(`{"title":"a"}`, "Idempotency-Key", "k")
 }
 
 // The rules of task.go and the constraints agree on every code point.
@@ -177,9 +314,9 @@ func TestConstraints(t *testing.T) {
 			strings.Repeat("🙂", limit), strings.Repeat("🙂", limit+1),
 			strings.Repeat("a", limit-1) + "\u0301", strings.Repeat("a", limit) + "\u0301",
 		} {
-			insert := fmt.Sprintf("INSERT INTO tasks (id, title, %s) VALUES (gen_random_uuid(), 'a', $1)", column)
+			insert := fmt.Sprintf("INSERT INTO tasks (id, title, %s) VALUES ("+idOf("(random() * 1e9)::int")+", 'a', $1)", column)
 			if column == "title" {
-				insert = "INSERT INTO tasks (id, title) VALUES (gen_random_uuid(), $1)"
+				insert = "INSERT INTO tasks (id, title) VALUES (" + idOf("(random() * 1e9)::int") + ", $1)"
 			}
 			_, err := a.db.Exec(insert, text)
 			if want := rules[column](text); (sqlState(err) == "23514") != (want != nil) || err != nil && want == nil {
@@ -187,21 +324,29 @@ func TestConstraints(t *testing.T) {
 			}
 		}
 	}
+	a.exec("INSERT INTO tasks (id, title, created_at, updated_at, idempotency_key, idempotency_digest) VALUES ('" + noTask + "', 'kept', " +
+		"'0001-01-01Z', '9999-12-31 23:59:59.999999Z', repeat('é', 255), sha256(''))")
 	for _, values := range []string{
-		"title = NULL", "completed = NULL", "version = NULL", "version = 0", "version = -1", "created_at = NULL", "updated_at = NULL",
-		"updated_at = created_at - interval '1 microsecond'", "idempotency_key = 'k'", "idempotency_digest = ''",
+		"id = gen_random_uuid()", "id = '00000000-0000-0000-0000-000000000000'", "id = 'ffffffff-ffff-ffff-ffff-ffffffffffff'", "id = '019c2292-294b-774b-ce0f-5b3a1f6c9d42'",
+		"created_at = '-infinity'", "created_at = '0001-12-31 23:59:59.999999Z BC'", "updated_at = '10000-01-01Z'", "updated_at = 'infinity'",
+		"idempotency_key = '', idempotency_digest = sha256('')", "idempotency_key = repeat('é', 256), idempotency_digest = sha256('')",
+		"idempotency_key = 'k', idempotency_digest = '0'", "title = NULL", "completed = NULL", "version = NULL", "version = 0", "version = -1", "created_at = NULL", "updated_at = NULL",
+		"created_at = now() + interval '1 microsecond', updated_at = now()", "idempotency_key = NULL", "idempotency_digest = NULL",
 	} {
-		_, err := a.db.Exec("UPDATE tasks SET " + values)
+		_, err := a.db.Exec("UPDATE tasks SET " + values + " WHERE title = 'kept'")
 		if state := sqlState(err); state != "23514" && state != "23502" {
 			t.Errorf("%s: %v", values, err)
 		}
+	}
+	if n := queryInt(t, a.dbURL, "SELECT count(*) FROM pg_attribute WHERE attrelid = 'tasks'::regclass AND atttypid = 'text'::regtype AND attcollation = '\"C\"'::regcollation"); n != 4 {
+		t.Errorf("%d columns compare by code point", n)
 	}
 }
 
 // No two tasks of a Store have the same time of creation, however fast they come.
 func TestTimesOfCreation(t *testing.T) {
 	t.Parallel()
-	var s Store
+	var s database
 	var seen sync.Map
 	together(4, func(int) {
 		var last time.Time
@@ -215,272 +360,10 @@ func TestTimesOfCreation(t *testing.T) {
 	})
 }
 
-// gathering is a gatherer whose statements the test ends.
-type gathering struct {
-	gatherer[string]
-	run chan statement
-}
-
-// statement is one that a gathering runs. It ends with what is sent to end, or
-// with its context.
-type statement struct {
-	ctx context.Context
-	ids []string
-	end chan error
-}
-
-func newGathering() *gathering {
-	g := &gathering{run: make(chan statement)}
-	g.gatherer.run = func(ctx context.Context, ids []string) (tasks []Task, err error) {
-		s := statement{ctx, ids, make(chan error)}
-		g.run <- s
-		select {
-		case err = <-s.end:
-		case <-ctx.Done():
-			err = ctx.Err()
-		}
-		for _, id := range ids {
-			tasks = append(tasks, Task{ID: id})
-		}
-		return tasks, err
-	}
-	return g
-}
-
-// call calls do and returns where its error will be.
-func (g *gathering) call(t *testing.T, ctx context.Context, id string) <-chan error {
-	result := make(chan error, 1)
-	go func() {
-		tasks, err := g.do(ctx, id)
-		if _, missing := pick(tasks, id, err); err == nil && missing != nil {
-			t.Errorf("%s is not among %v", id, tasks)
-		}
-		result <- err
-	}()
-	synctest.Wait()
-	return result
-}
-
-// next returns the statement under way for the given calls.
-func (g *gathering) next(t *testing.T, ids ...string) statement {
-	t.Helper()
-	select {
-	case s := <-g.run:
-		if !slices.Equal(s.ids, ids) {
-			t.Fatalf("a statement for %q, not %q", s.ids, ids)
-		}
-		return s
-	case <-time.After(time.Hour):
-		t.Fatalf("no statement for %q", ids)
-		return statement{}
-	}
-}
-
-func TestGatherer(t *testing.T) {
-	t.Parallel()
-	failure := errors.New("failure")
-	for _, tt := range []struct {
-		name string
-		test func(t *testing.T, g *gathering)
-	}{
-		{"calls that come meanwhile are one statement, at once when the first has ended", func(t *testing.T, g *gathering) {
-			a := g.call(t, t.Context(), "a")
-			first := g.next(t, "a")
-			begin := time.Now()
-			b, c := g.call(t, t.Context(), "b"), g.call(t, t.Context(), "c")
-			first.end <- nil
-			second := g.next(t, "b", "c")
-			if waited := time.Since(begin); waited != 0 {
-				t.Errorf("waited %v", waited)
-			}
-			second.end <- failure
-			if errA, errB, errC := <-a, <-b, <-c; errA != nil || errB != failure || errC != failure {
-				t.Error(errA, errB, errC)
-			}
-		}},
-		{"a statement that hangs holds up nobody else", func(t *testing.T, g *gathering) {
-			a := g.call(t, t.Context(), "a")
-			first := g.next(t, "a")
-			begin := time.Now()
-			b := g.call(t, t.Context(), "b")
-			second := g.next(t, "b")
-			if waited := time.Since(begin); waited != gatherTime {
-				t.Errorf("waited %v", waited)
-			}
-			second.end <- nil
-			first.end <- failure
-			if errA, errB := <-a, <-b; errA != failure || errB != nil {
-				t.Error(errA, errB)
-			}
-		}},
-		{"a full batch does not wait", func(t *testing.T, g *gathering) {
-			a := g.call(t, t.Context(), "a")
-			first := g.next(t, "a")
-			begin := time.Now()
-			var ids []string
-			for i := range maxBatch {
-				ids = append(ids, fmt.Sprint(i))
-				g.call(t, t.Context(), ids[i])
-			}
-			rest := g.call(t, t.Context(), "rest")
-			full := g.next(t, ids...)
-			if waited := time.Since(begin); waited != 0 {
-				t.Errorf("waited %v", waited)
-			}
-			for _, s := range []statement{first, full, g.next(t, "rest")} {
-				s.end <- nil
-			}
-			if errA, errRest := <-a, <-rest; errA != nil || errRest != nil {
-				t.Error(errA, errRest)
-			}
-		}},
-		{"who leaves takes nothing from the others, be it the first", func(t *testing.T, g *gathering) {
-			ctx, leave := context.WithCancel(t.Context())
-			a := g.call(t, t.Context(), "a")
-			first := g.next(t, "a")
-			b, c := g.call(t, ctx, "b"), g.call(t, t.Context(), "c")
-			leave()
-			synctest.Wait()
-			first.end <- nil
-			g.next(t, "b", "c").end <- nil
-			if errA, errB, errC := <-a, <-b, <-c; errA != nil || errB != nil && !errors.Is(errB, ErrUnavailable) || errC != nil {
-				t.Error(errA, errB, errC)
-			}
-		}},
-		{"a call that is not the first is free at once when it leaves", func(t *testing.T, g *gathering) {
-			ctx, leave := context.WithCancel(t.Context())
-			a := g.call(t, t.Context(), "a")
-			first := g.next(t, "a")
-			b, c := g.call(t, t.Context(), "b"), g.call(t, ctx, "c")
-			leave()
-			if errC := <-c; !errors.Is(errC, ErrUnavailable) {
-				t.Error(errC)
-			}
-			first.end <- nil
-			g.next(t, "b", "c").end <- nil
-			if errA, errB := <-a, <-b; errA != nil || errB != nil {
-				t.Error(errA, errB)
-			}
-		}},
-		{"a statement that nobody waits for is cancelled", func(t *testing.T, g *gathering) {
-			ctx, leave := context.WithCancel(t.Context())
-			a := g.call(t, ctx, "a")
-			first := g.next(t, "a")
-			b := g.call(t, ctx, "b")
-			leave()
-			<-first.ctx.Done()
-			second := g.next(t, "b")
-			<-second.ctx.Done()
-			if errA, errB := <-a, <-b; errA == nil || errB == nil {
-				t.Error(errA, errB)
-			}
-		}},
-		{"nobody joins those who have all left", func(t *testing.T, g *gathering) {
-			ctx, leave := context.WithCancel(t.Context())
-			a := g.call(t, t.Context(), "a")
-			first := g.next(t, "a")
-			b := g.call(t, ctx, "b")
-			leave()
-			synctest.Wait()
-			c := g.call(t, t.Context(), "c")
-			for range 2 {
-				if s := <-g.run; s.ids[0] == "c" {
-					s.end <- nil
-				}
-			}
-			first.end <- nil
-			if errA, errB, errC := <-a, <-b, <-c; errA != nil || !errors.Is(errB, context.Canceled) || errC != nil {
-				t.Error(errA, errB, errC)
-			}
-		}},
-		{"a statement has until the deadline of the first", func(t *testing.T, g *gathering) {
-			ctx, cancel := context.WithTimeout(t.Context(), time.Second)
-			defer cancel()
-			a := g.call(t, ctx, "a")
-			want, _ := ctx.Deadline()
-			if got, ok := g.next(t, "a").ctx.Deadline(); !ok || got != want {
-				t.Errorf("has until %v, not %v", got, want)
-			}
-			if err := <-a; err == nil {
-				t.Error("did not fail")
-			}
-		}},
-		{"a call with more time does not join one with less", func(t *testing.T, g *gathering) {
-			ctx, cancel := context.WithTimeout(t.Context(), time.Second)
-			defer cancel()
-			a := g.call(t, t.Context(), "a")
-			first := g.next(t, "a")
-			b, c := g.call(t, ctx, "b"), g.call(t, t.Context(), "c")
-			for range 2 {
-				s := <-g.run
-				if _, limited := s.ctx.Deadline(); len(s.ids) != 1 || limited != (s.ids[0] == "b") {
-					t.Errorf("a statement for %q, limited %t", s.ids, limited)
-				}
-				s.end <- nil
-			}
-			first.end <- nil
-			if errA, errB, errC := <-a, <-b, <-c; errA != nil || errB != nil || errC != nil {
-				t.Error(errA, errB, errC)
-			}
-		}},
-		{"a panic is the first's, and leaves nobody waiting", func(t *testing.T, g *gathering) {
-			entered, leave := make(chan bool), make(chan bool)
-			g.gatherer.run = func(context.Context, []string) ([]Task, error) {
-				entered <- true
-				<-leave
-				panic("at the disco")
-			}
-			panicked := make(chan any)
-			go func() {
-				defer func() { panicked <- recover() }()
-				g.do(t.Context(), "a")
-			}()
-			<-entered
-			go func() {
-				defer func() { panicked <- recover() }()
-				g.do(t.Context(), "b")
-			}()
-			synctest.Wait()
-			c := g.call(t, t.Context(), "c")
-			leave <- true
-			<-entered
-			leave <- true
-			if a, b := <-panicked, <-panicked; a == nil || b == nil {
-				t.Error("did not panic")
-			}
-			if err := <-c; err != ErrUnavailable {
-				t.Error(err)
-			}
-			if g.underWay != 0 {
-				t.Errorf("%d under way", g.underWay)
-			}
-		}},
-	} {
-		t.Run(tt.name, func(t *testing.T) {
-			t.Parallel()
-			synctest.Test(t, func(t *testing.T) { tt.test(t, newGathering()) })
-		})
-	}
-}
-
-// A batch is full at maxBatch, however fast calls come.
-func TestGathererFull(t *testing.T) {
-	t.Parallel()
-	g := newGathering()
-	var last *batch[string]
-	for i := range 2 * maxBatch {
-		b, first := g.join(t.Context(), "a")
-		if begins := i%maxBatch == 0; first != begins || (b != last) != begins {
-			t.Fatalf("call %d begins a batch: %t", i, first)
-		}
-		last = b
-	}
-}
-
 // With prepared statements no page is planned for its own values.
 func TestPlansAreKept(t *testing.T) {
 	t.Parallel()
-	a := newAPIWithPool(t, newDatabase(t), 1, true, Options{})
+	a := newAPIWithPool(t, newDatabase(t), 1, prepareAlways, Options{})
 	for range 10 {
 		a.want(200, a.do("GET", "/api/tasks?user_id=alice&limit=10", ""))
 	}
@@ -490,43 +373,39 @@ func TestPlansAreKept(t *testing.T) {
 	}
 }
 
-// A task that the database refuses takes none of those with it that were to be
-// made by the same statement.
-func TestCreateAll(t *testing.T) {
+// A row that PostgreSQL refuses, or that cannot be read, costs only the request
+// about it.
+func TestBadRow(t *testing.T) {
 	t.Parallel()
 	a := newAPI(t, Options{})
+	a.log.expected.Store(true)
 	a.exec("ALTER TABLE tasks ADD CONSTRAINT strange CHECK (title <> 'bad') NOT VALID")
-	var tasks []Task
-	for _, title := range []string{"good", "bad", "bad", "better"} {
-		now := a.store.now()
-		tasks = append(tasks, Task{ID: newID(now), Title: title, Version: 1, CreatedAt: now, UpdatedAt: now})
-	}
-	made, err := a.store.createAll(t.Context(), tasks)
-	if len(made) != 2 || made[0] != tasks[0] || made[1] != tasks[3] || sqlState(err) != "23514" {
-		t.Errorf("made %+v, %v", made, err)
-	}
-	for _, task := range tasks {
-		if got, err := a.store.Get(t.Context(), Target{ID: task.ID}); (err == nil) != (task.Title != "bad") || err == nil && got != task {
-			t.Errorf("%+v: got %+v, %v", task, got, err)
+	ids := a.newTasks(2)
+	a.exec("ALTER TABLE tasks DROP CONSTRAINT IF EXISTS tasks_times")
+	a.exec("UPDATE tasks SET created_at = '-infinity' WHERE id = '" + ids[1] + "'")
+	together(100, func(i int) {
+		title, create, fetch := "good", 201, 200
+		if i%10 == 0 {
+			title, create, fetch = "bad", 500, 500
 		}
-	}
+		a.want(create, a.do("POST", "/api/tasks", `{"title":"`+title+`"}`))
+		a.want(fetch, a.do("GET", "/api/tasks/"+ids[min(fetch-200, 1)], ""))
+	})
 }
 
-// A page reads what it returns and no more, however deep it is and however rare
-// the tasks are that match.
 func TestIndexes(t *testing.T) {
 	t.Parallel()
-	for _, prepare := range []bool{false, true} {
-		t.Run(fmt.Sprintf("prepare=%v", prepare), func(t *testing.T) {
+	for _, prepare := range []prepareMode{prepareNever, prepareAlways} {
+		t.Run(fmt.Sprintf("prepare=%v", prepare == prepareAlways), func(t *testing.T) {
 			t.Parallel()
 			testIndexes(t, prepare)
 		})
 	}
 }
 
-func testIndexes(t *testing.T, prepare bool) {
+func testIndexes(t *testing.T, prepare prepareMode) {
 	dbURL := newDatabase(t)
-	if prepare {
+	if prepare == prepareAlways {
 		// A plan for any values depends on these, and must be the same.
 		execSQL(t, dbURL, `DO $$ BEGIN
 			EXECUTE format('ALTER DATABASE %I SET effective_cache_size = 100', current_database());

@@ -1,11 +1,9 @@
 package main
 
 // task.go is the domain: what a task is, what a client may send of it, the
-// rules for both, and the errors that operations on tasks have. It knows
-// neither HTTP nor SQL.
+// rules for both, and the errors of the package.
 
 import (
-	"bytes"
 	"cmp"
 	"crypto/rand"
 	"encoding/binary"
@@ -19,8 +17,6 @@ import (
 	"strconv"
 	"strings"
 	"time"
-	"unicode"
-	"unicode/utf16"
 	"unicode/utf8"
 )
 
@@ -32,28 +28,38 @@ const (
 	maxDescription = 10_000
 )
 
-// Errors of the operations on tasks, besides [MalformedError] and [InvalidError].
+// Errors of a [Store], besides [InvalidError].
 var (
-	ErrNotFound    = errors.New("no such task")
-	ErrVersion     = errors.New("the task has another version")
-	ErrKeyReused   = errors.New("the idempotency key was used with other content")
-	ErrUnavailable = errors.New("the database is unavailable")
+	ErrNotFound     = errors.New("no such task")
+	ErrPrecondition = errors.New("the task's version does not meet the condition")
+	ErrKeyReused    = errors.New("the idempotency key was used with other content")
+	ErrUnknownUser  = errors.New("the database does not know the user")
+	ErrUnavailable  = errors.New("the database is unavailable")
 )
 
-// Task is a task as it is stored and as clients see it.
+// Task is a task as it is stored, and as clients see it.
 type Task struct {
-	ID          string    `json:"id"`
+	ID          string    `json:"id"` // UUID version 7, in lower case
 	UserID      *string   `json:"user_id"`
 	Title       string    `json:"title"`
 	Description *string   `json:"description"`
 	Completed   bool      `json:"completed"`
-	Version     int64     `json:"version"`
+	Version     int64     `json:"version"` // 1 at creation, one more with each change
 	CreatedAt   time.Time `json:"created_at"`
 	UpdatedAt   time.Time `json:"updated_at"`
 }
 
-// appendJSON appends the task as JSON, equal to what encoding/json would make of
-// it, but without reflection, which took a quarter of the time of a list.
+// resource is a type that a table stores and a response contains: Task, and any
+// type that is added beside it.
+type resource interface {
+	identity() (id string, owner *string, version int64)
+	appendJSON(b []byte) []byte // the JSON that clients see
+}
+
+func (t Task) identity() (id string, owner *string, version int64) { return t.ID, t.UserID, t.Version }
+
+// appendJSON is encoding/json without reflection, which took a quarter of the
+// time of a list.
 func (t Task) appendJSON(b []byte) []byte {
 	b = append(b, `{"id":"`...)
 	b = append(b, t.ID...)
@@ -67,70 +73,26 @@ func (t Task) appendJSON(b []byte) []byte {
 	b = strconv.AppendBool(b, t.Completed)
 	b = append(b, `,"version":`...)
 	b = strconv.AppendInt(b, t.Version, 10)
-	b = append(b, `,"created_at":"`...)
-	b = t.CreatedAt.AppendFormat(b, time.RFC3339Nano)
-	b = append(b, `","updated_at":"`...)
-	b = t.UpdatedAt.AppendFormat(b, time.RFC3339Nano)
-	return append(b, `"}`...)
+	b = append(b, `,"created_at":`...)
+	b = appendTime(b, t.CreatedAt)
+	b = append(b, `,"updated_at":`...)
+	b = appendTime(b, t.UpdatedAt)
+	return append(b, '}')
 }
 
-// appendTasks appends a JSON array of tasks.
-func appendTasks(b []byte, tasks []Task) []byte {
-	b = append(b, '[')
-	for i, t := range tasks {
-		if i > 0 {
-			b = append(b, ',')
-		}
-		b = t.appendJSON(b)
-	}
-	return append(b, ']')
-}
-
-// appendString appends a string, which must be valid UTF-8, or null.
-func appendString(b []byte, s *string) []byte {
-	if s == nil {
-		return append(b, "null"...)
-	}
-	b = append(b, '"')
-	rest := *s
-	for i := 0; i < len(rest); i++ {
-		if c := rest[i]; c < ' ' || c == '"' || c == '\\' {
-			b = append(b, rest[:i]...)
-			b = append(b, '\\', 'u', '0', '0', '0'+c>>4)
-			b = append(b, "0123456789abcdef"[c&0xf])
-			rest, i = rest[i+1:], -1
-		}
-	}
-	b = append(b, rest...)
-	return append(b, '"')
-}
-
-// Target names the one task that an operation is for, and on what conditions.
-type Target struct {
-	ID       string  // in lower case, as [Task] has it
-	Owner    *string // the task must belong to this user; nil: to anybody
-	Versions []int64 // the task must have one of these versions; nil: any
-}
-
-// Filter selects a page of tasks. The zero Filter selects none; see [maxLimit].
-type Filter struct {
-	Owner      *string // nil: tasks of everybody
-	Completed  *bool   // nil: both
-	Descending bool    // newest first
-	After      string  // the id of the task that the page starts after; "": from the start
-	Limit      int
-}
-
-// NewTask is what a client may say of a task at its creation.
-type NewTask struct {
+// TaskDraft is what a client may say of a task when it creates it. Its JSON is
+// what an idempotency key remembers: a field that is added later must have the
+// option omitzero, so that keys stored before keep their meaning.
+type TaskDraft struct {
 	UserID      *string
 	Title       string
 	Description *string
 	Completed   bool
 }
 
-// Patch is what a client wants to change of a task. The zero Patch changes nothing.
-type Patch struct {
+// TaskPatch is what a client wants to change of a task. The zero TaskPatch
+// changes nothing.
+type TaskPatch struct {
 	Title       *string
 	Description Optional[string]
 	Completed   *bool
@@ -142,12 +104,39 @@ type Optional[T any] struct {
 	Value *T // nil for null and for absent
 }
 
-// InvalidError is the error of input which is well-formed but breaks rules: all
-// of those that it breaks.
+// Target selects one row, and the versions of it that an operation is for.
+type Target struct {
+	ID           string  // in lower case
+	Owner        *string // the row must belong to this user; nil: to anyone
+	Match        []int64 // the row must have one of these versions; nil: any
+	NoneMatch    []int64 // and none of these
+	NoneMatchAny bool    // and no version at all: the row must not exist
+}
+
+// matches and excludes evaluate the two conditions for a version.
+func (t Target) matches(version int64) bool {
+	return t.Match == nil || slices.Contains(t.Match, version)
+}
+
+func (t Target) excludes(version int64) bool {
+	return t.NoneMatchAny || slices.Contains(t.NoneMatch, version)
+}
+
+// Filter selects a page. The zero Filter selects nothing: its Limit is 0.
+type Filter struct {
+	Owner      *string // nil: rows of everyone
+	Completed  *bool   // nil: both
+	Descending bool    // newest first
+	After      string  // id after which the page starts; "": the first page
+	Limit      int
+}
+
+// InvalidError is the error of well-formed input that breaks rules. It lists
+// every broken rule.
 type InvalidError []Violation
 
-// Violation is a rule broken at one place of a request. Exactly one of Pointer,
-// Parameter and Header says where.
+// Violation is one broken rule. Exactly one of Pointer, Parameter and Header
+// says where.
 type Violation struct {
 	Detail    string `json:"detail"`
 	Pointer   string `json:"pointer,omitempty"`   // JSON Pointer into the body, as a URI fragment (RFC 6901 §6)
@@ -157,17 +146,17 @@ type Violation struct {
 
 func (e InvalidError) Error() string { return fmt.Sprintf("invalid: %v", []Violation(e)) }
 
-// MalformedError is the error of a body that is not one well-formed JSON text.
-// Its value says, to the client, what is wrong.
-type MalformedError string
+// malformedError is the error of a body that is not one well-formed JSON text.
+// Its value is a sentence for the client.
+type malformedError string
 
-func (e MalformedError) Error() string { return string(e) }
+func (e malformedError) Error() string { return string(e) }
 
-// DecodeNewTask decodes the body of a POST. Its error, like those of the other
-// Decode functions, is a [MalformedError] or an [InvalidError].
-func DecodeNewTask(body []byte) (NewTask, error) {
+// decodeTaskDraft decodes the body of a POST. Its error, like those of the other
+// decode functions, is a malformedError or an [InvalidError].
+func decodeTaskDraft(body []byte) (TaskDraft, error) {
 	d := newDecoder(body)
-	t := NewTask{
+	t := TaskDraft{
 		UserID:      d.text("user_id", nullable, userIDViolations).Value,
 		Title:       *cmp.Or(d.text("title", required, titleViolations).Value, new("")),
 		Description: d.text("description", nullable, descriptionViolations).Value,
@@ -176,10 +165,10 @@ func DecodeNewTask(body []byte) (NewTask, error) {
 	return t, d.end()
 }
 
-// DecodeReplacement decodes the body of a PUT: a patch of all that there is.
-func DecodeReplacement(body []byte) (Patch, error) {
+// decodeReplacement decodes the body of a PUT: a patch of all that can be changed.
+func decodeReplacement(body []byte) (TaskPatch, error) {
 	d := newDecoder(body)
-	p := Patch{
+	p := TaskPatch{
 		Title:       d.text("title", required, titleViolations).Value,
 		Description: Optional[string]{true, d.text("description", nullable, descriptionViolations).Value},
 		Completed:   cmp.Or(d.boolean("completed", optional), new(false)),
@@ -187,10 +176,10 @@ func DecodeReplacement(body []byte) (Patch, error) {
 	return p, d.end()
 }
 
-// DecodePatch decodes the body of a PATCH, a JSON Merge Patch (RFC 7396).
-func DecodePatch(body []byte) (Patch, error) {
+// decodeTaskPatch decodes the body of a PATCH, a JSON Merge Patch (RFC 7396).
+func decodeTaskPatch(body []byte) (TaskPatch, error) {
 	d := newDecoder(body)
-	p := Patch{
+	p := TaskPatch{
 		Title:       d.text("title", optional, titleViolations).Value,
 		Description: d.text("description", nullable, descriptionViolations),
 		Completed:   d.boolean("completed", optional),
@@ -198,12 +187,47 @@ func DecodePatch(body []byte) (Patch, error) {
 	return p, d.end()
 }
 
-// DecodeCompletion decodes the body of a PATCH of the completion: a patch of
-// that alone.
-func DecodeCompletion(body []byte) (Patch, error) {
+// decodeCompletion decodes the body of a PATCH of the completion.
+func decodeCompletion(body []byte) (TaskPatch, error) {
 	d := newDecoder(body)
-	p := Patch{Completed: d.boolean("completed", required)}
+	p := TaskPatch{Completed: d.boolean("completed", required)}
+	for i := range d.violations {
+		d.violations[i].Detail += "; or send no body"
+	}
 	return p, d.end()
+}
+
+// titleViolations says what is wrong with a title.
+func titleViolations(s string) []string {
+	violations := textViolations(s, maxTitle)
+	if strings.TrimSpace(s) == "" {
+		violations = append(violations, "must not be blank")
+	}
+	return violations
+}
+
+// descriptionViolations says what is wrong with a description.
+func descriptionViolations(s string) []string {
+	return textViolations(s, maxDescription)
+}
+
+// userIDViolations says what is wrong with a user id, wherever it comes from.
+func userIDViolations(s string) []string {
+	violations := textViolations(s, maxUserID)
+	if s == "" {
+		violations = append(violations, "must not be empty")
+	}
+	return violations
+}
+
+func textViolations(s string, limit int) (violations []string) {
+	if utf8.RuneCountInString(s) > limit {
+		violations = append(violations, fmt.Sprintf("must have at most %d characters", limit))
+	}
+	if strings.ContainsRune(s, 0) {
+		violations = append(violations, "must not contain U+0000")
+	}
+	return violations
 }
 
 // presence says whether a member must be there, and whether it may be null.
@@ -224,18 +248,24 @@ type decoder struct {
 }
 
 func newDecoder(body []byte) *decoder {
-	d := &decoder{err: checkForm(body)}
-	if d.err == nil && (json.Unmarshal(body, &d.members) != nil || d.members == nil) {
+	if len(body) == 0 {
+		return &decoder{err: malformedError("A body is required.")}
+	}
+	if err := checkJSON(body); err != nil {
+		return &decoder{err: malformedError("The body is not valid JSON: " + err.Error() + ".")}
+	}
+	d := &decoder{}
+	if json.Unmarshal(body, &d.members) != nil || d.members == nil {
 		d.err = InvalidError{{Pointer: "#", Detail: "must be an object"}}
 	}
 	return d
 }
 
-// text takes a string and checks it by the given rules.
-func (d *decoder) text(name string, p presence, check func(string) []string) Optional[string] {
+// text takes a string and checks it.
+func (d *decoder) text(name string, p presence, violations func(string) []string) Optional[string] {
 	s := take[string](d, name, p, "must be a string")
 	if s.Value != nil {
-		for _, detail := range check(*s.Value) {
+		for _, detail := range violations(*s.Value) {
 			d.violate(name, detail)
 		}
 	}
@@ -247,9 +277,9 @@ func (d *decoder) boolean(name string, p presence) *bool {
 	return take[bool](d, name, p, "must be true or false").Value
 }
 
-// take takes a member. One that breaks a rule counts as absent; rule is the one
-// that it breaks if it is of another type.
-func take[T any](d *decoder, name string, p presence, rule string) Optional[T] {
+// take takes a member. wrongType is the detail for a value of another type. A
+// member that breaks a rule counts as absent.
+func take[T any](d *decoder, name string, p presence, wrongType string) Optional[T] {
 	text, ok := d.members[name]
 	delete(d.members, name)
 	var value *T
@@ -259,151 +289,31 @@ func take[T any](d *decoder, name string, p presence, rule string) Optional[T] {
 	case ok && p != nullable && string(text) == "null":
 		d.violate(name, "must not be null")
 	case ok && json.Unmarshal(text, &value) != nil:
-		d.violate(name, rule)
+		d.violate(name, wrongType)
 	default:
 		return Optional[T]{ok, value}
 	}
 	return Optional[T]{}
 }
 
+// violate records a broken rule of a top-level member.
 func (d *decoder) violate(name, detail string) {
-	d.violations = append(d.violations, Violation{Pointer: pointer(name), Detail: detail})
+	fragment := url.URL{Fragment: "/" + strings.NewReplacer("~", "~0", "/", "~1").Replace(name)}
+	d.violations = append(d.violations, Violation{Pointer: fragment.String(), Detail: detail})
 }
 
-// end returns what is wrong with the body: its form, or else all violations, of
-// which a member that was not taken is one unless it is read-only.
+// end returns what is wrong with the body: its form, or else every broken rule.
+// A member that was not taken is unknown unless it is one that the service sets.
 func (d *decoder) end() error {
 	for _, name := range slices.Sorted(maps.Keys(d.members)) {
 		if !slices.Contains([]string{"id", "user_id", "version", "created_at", "updated_at"}, name) {
-			d.violate(name, "is not a member known here")
+			d.violate(name, "unknown member")
 		}
 	}
 	if d.err == nil && d.violations != nil {
 		return d.violations
 	}
 	return d.err
-}
-
-// pointer returns the JSON Pointer of a top-level member as a URI fragment.
-func pointer(name string) string {
-	fragment := url.URL{Fragment: "/" + strings.NewReplacer("~", "~0", "/", "~1").Replace(name)}
-	return fragment.String()
-}
-
-// titleViolations says what is wrong with a title.
-func titleViolations(s string) []string {
-	violations := textViolations(s, maxTitle)
-	if strings.TrimSpace(s) == "" {
-		violations = append(violations, "must not be blank")
-	}
-	return violations
-}
-
-// descriptionViolations says what is wrong with a description.
-func descriptionViolations(s string) []string {
-	return textViolations(s, maxDescription)
-}
-
-// userIDViolations says what is wrong with a user_id, wherever it comes from.
-func userIDViolations(s string) []string {
-	violations := textViolations(s, maxUserID)
-	if s == "" {
-		violations = append(violations, "must not be empty")
-	}
-	return violations
-}
-
-func textViolations(s string, limit int) (violations []string) {
-	if utf8.RuneCountInString(s) > limit {
-		violations = append(violations, fmt.Sprintf("must have at most %d characters", limit))
-	}
-	if strings.ContainsRune(s, 0) {
-		violations = append(violations, "must not contain U+0000")
-	}
-	return violations
-}
-
-// checkForm returns a [MalformedError] unless body is one well-formed JSON text.
-// It is stricter than encoding/json, which lets pass invalid UTF-8, half a
-// surrogate pair, and a name repeated within one object.
-func checkForm(body []byte) error {
-	if len(body) == 0 {
-		return MalformedError("A body is required.")
-	}
-	if !utf8.Valid(body) {
-		return MalformedError("The body is not valid UTF-8.")
-	}
-	if err := json.Unmarshal(body, new(json.RawMessage)); err != nil {
-		return MalformedError("The body is not valid JSON: " + err.Error() + ".")
-	}
-	if hasHalfPair(body) {
-		return MalformedError(`The body has a \u escape that is half of a surrogate pair.`)
-	}
-	return checkNames(body)
-}
-
-// hasHalfPair reports whether a valid JSON text, which has backslashes in strings
-// only, has an escape that is half of a surrogate pair.
-func hasHalfPair(text []byte) bool {
-	for {
-		i := bytes.IndexByte(text, '\\')
-		if i < 0 {
-			return false
-		}
-		r := escaped(text[i:])
-		text = text[i+len(`\n`):]
-		if utf16.IsSurrogate(r) {
-			text = text[len(`0000`):]
-			if utf16.DecodeRune(r, escaped(text)) == unicode.ReplacementChar {
-				return true
-			}
-			text = text[len(`\u0000`):]
-		}
-	}
-}
-
-// checkNames returns an error if a valid JSON text has an object, at any depth,
-// with the same name twice.
-func checkNames(text []byte) error {
-	var scopes []map[string]bool // the names in the objects around text[i]; nil for an array
-	for i := 0; i < len(text); i++ {
-		switch text[i] {
-		case '{':
-			scopes = append(scopes, map[string]bool{})
-		case '[':
-			scopes = append(scopes, nil)
-		case '}', ']':
-			scopes = scopes[:len(scopes)-1]
-		case '"':
-			begin := i
-			for i++; text[i] != '"'; i++ {
-				if text[i] == '\\' {
-					i++
-				}
-			}
-			if rest := bytes.TrimLeft(text[i+1:], " \t\r\n"); len(rest) == 0 || rest[0] != ':' {
-				continue // a value
-			}
-			var name string
-			json.Unmarshal(text[begin:i+1], &name) // cannot fail
-			names := scopes[len(scopes)-1]
-			if names[name] {
-				return MalformedError(fmt.Sprintf("The body has the member %q twice.", name))
-			}
-			names[name] = true
-		}
-	}
-	return nil
-}
-
-// escaped returns the UTF-16 code unit of the \uXXXX that text begins with, or
-// 0 where there is none.
-func escaped(text []byte) rune {
-	if len(text) < 6 || text[0] != '\\' || text[1] != 'u' {
-		return 0
-	}
-	n, _ := strconv.ParseUint(string(text[2:6]), 16, 16)
-	return rune(n)
 }
 
 // parseID returns the canonical form of a UUID in the textual form of RFC 9562
@@ -419,9 +329,9 @@ func parseID(s string) (id string, ok bool) {
 	return strings.ToLower(s), true
 }
 
-// newID returns a UUID version 7 (RFC 9562 §5.7) for a task created at t. The 12
-// bits behind the milliseconds hold their fraction (§6.2, method 3): two
-// microseconds never share an id's first half, so ids sort as their times do.
+// newID returns a UUID version 7 (RFC 9562 §5.7) for a row created at t. The 12
+// bits after the milliseconds hold their fraction (§6.2, method 3). Different
+// microseconds have different first halves, so ids sort as their times do.
 func newID(t time.Time) string {
 	var b [16]byte
 	rand.Read(b[:])

@@ -1,0 +1,384 @@
+package main
+
+// request.go is what comes in: the checks before an operation, in the order in
+// which their errors take precedence, and what they read from a request.
+
+import (
+	"cmp"
+	"context"
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"net/netip"
+	"net/url"
+	"os"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+	"unicode/utf8"
+)
+
+// Limits of requests.
+const (
+	maxBody      = 128 << 10 // bytes; the largest legal task fits, however it is escaped
+	maxKey       = 255       // bytes of an Idempotency-Key
+	maxRequestID = 128       // bytes
+	maxLimit     = 1000      // rows on a page
+	defaultLimit = 100
+
+	mediaTypeJSON  = "application/json"
+	mediaTypePatch = "application/merge-patch+json"
+)
+
+// request is an API request that has passed all checks but those of its body.
+type request struct {
+	*http.Request            // its context has the request's deadline
+	path          string     // as clients see it, without trailing slash
+	Filter                   // what the query says; Owner is the only user that the request may touch
+	query         url.Values // as it was sent
+	verified      bool       // Owner comes from [Options.Authenticate]
+	id            string     // in the path; "": none
+	body          []byte
+}
+
+// operation is what the API does for a request.
+type operation func(r *request) (*response, error)
+
+// api makes an operation an endpoint. params are its query parameters, accepts
+// the media types of its body; nil means that it has no body.
+func (h *Handler) api(do operation, params, accepts []string) endpoint {
+	return func(w http.ResponseWriter, r *http.Request) (*response, error) {
+		// A tenth of the time is left for the answer when the database takes all
+		// that it is given.
+		ctx, cancel := context.WithTimeout(r.Context(), h.opts.RequestTimeout/10*9)
+		defer cancel()
+		req := &request{Request: r.WithContext(ctx), path: h.opts.Prefix + strings.TrimSuffix(r.URL.EscapedPath(), "/")}
+		user, err := h.authenticate(req.Request)
+		if err != nil {
+			return nil, err
+		}
+		// A slow sender must not hold a slot. A body without meaning is read too:
+		// net/http does not notice that a client has gone before the body's end.
+		body, bodyErr := h.readBody(w, r)
+		select {
+		case h.slots <- struct{}{}:
+			defer func() { <-h.slots }()
+		default:
+			return nil, refuse(http.StatusServiceUnavailable, "The service has too many requests in flight.")
+		}
+		if err := req.readQuery(params, user); err != nil {
+			return nil, err
+		}
+		if err := req.readID(); err != nil {
+			return nil, err
+		}
+		if accepts != nil {
+			if len(body) > 0 || bodyErr != nil {
+				bodyErr = cmp.Or(checkMediaType(r, accepts), bodyErr)
+			}
+			if bodyErr != nil {
+				return nil, bodyErr
+			}
+			req.body = body
+		}
+		res, err := do(req)
+		if errors.Is(err, ErrPrecondition) && req.badIfMatch() {
+			err = refuse(http.StatusPreconditionFailed, `If-Match has no tag that can match. Send "<version>", with the version that you have read.`)
+		}
+		return res, err
+	}
+}
+
+// authenticate returns the user who sent a request, nil if nothing authenticates.
+func (h *Handler) authenticate(r *http.Request) (*string, error) {
+	if h.opts.Authenticate == nil {
+		return nil, nil
+	}
+	user, err := h.opts.Authenticate(r)
+	switch {
+	case err != nil && (errors.Is(err, ErrUnavailable) || r.Context().Err() != nil):
+		p := refuse(http.StatusServiceUnavailable, "The user could not be verified. Try again later.")
+		p.cause = fmt.Errorf("authenticate: %w", err)
+		return nil, p
+	case err != nil:
+		p := refuse(http.StatusUnauthorized, "The request is not authenticated.")
+		p.header = http.Header{"Www-Authenticate": {"Bearer"}}
+		return nil, p
+	case !utf8.ValidString(user) || userIDViolations(user) != nil:
+		return nil, refuse(http.StatusForbidden, "The user of the request cannot own tasks.")
+	}
+	return &user, nil
+}
+
+// readBody reads the body, up to its limit and within the request's deadline.
+func (h *Handler) readBody(w http.ResponseWriter, r *http.Request) ([]byte, error) {
+	if r.ContentLength == 0 {
+		return nil, nil
+	}
+	// Where deadlines are not supported, those of the server apply.
+	timeout := h.opts.RequestTimeout / 10 * 8 // leaves time for the database
+	http.NewResponseController(w).SetReadDeadline(time.Now().Add(timeout))
+	var body []byte
+	var err error
+	if r.ContentLength <= maxBody {
+		body, err = io.ReadAll(io.LimitReader(r.Body, maxBody+1))
+	}
+	_, tooLarge := errors.AsType[*http.MaxBytesError](err) // of an outer handler
+	switch {
+	case tooLarge || r.ContentLength > maxBody || len(body) > maxBody:
+		return nil, refuse(http.StatusRequestEntityTooLarge, "The body is larger than %d bytes.", maxBody)
+	case errors.Is(err, os.ErrDeadlineExceeded):
+		return nil, refuse(http.StatusRequestTimeout, "The body did not arrive within %v.", timeout)
+	case errors.Is(err, io.ErrUnexpectedEOF):
+		return nil, refuse(statusClientClosed, "The body ended unexpectedly.")
+	case err != nil:
+		return nil, malformedError("The body could not be read: " + err.Error() + ".")
+	}
+	return body, nil
+}
+
+// readQuery reads the query, and decides whose rows the request is about.
+func (r *request) readQuery(params []string, user *string) error {
+	var violations InvalidError
+	r.Filter, r.query, violations = parseQuery(r.URL.RawQuery, params)
+	if user != nil {
+		if r.Owner != nil && *r.Owner != *user {
+			return refuse(http.StatusForbidden, "The user_id of the query is not the user of the request.")
+		}
+		r.Owner, r.verified = user, true
+	}
+	if len(violations) > 0 {
+		return violations
+	}
+	return nil
+}
+
+// parseQuery reads query parameters. None is ignored: if a mistyped user_id
+// were, the request would be about the rows of everyone.
+func parseQuery(query string, params []string) (f Filter, values url.Values, violations InvalidError) {
+	f.Limit, values = defaultLimit, url.Values{}
+	for pair := range strings.SplitSeq(query, "&") {
+		if pair == "" {
+			continue
+		}
+		name, value, _ := strings.Cut(pair, "=")
+		name, nameErr := url.QueryUnescape(name)
+		value, valueErr := url.QueryUnescape(value)
+		detail := ""
+		switch {
+		case strings.Contains(pair, ";"): // a separator to some
+			detail = "a semicolon must be encoded as %3B"
+		case nameErr != nil || valueErr != nil || !utf8.ValidString(value):
+			detail = "malformed"
+		case !slices.Contains(params, name):
+			detail = "unknown parameter"
+		case values.Has(name):
+			detail = "repeated"
+		default:
+			values.Set(name, value)
+			detail = f.set(name, value)
+		}
+		if detail != "" {
+			violations = append(violations, Violation{Parameter: cmp.Or(name, pair), Detail: detail})
+		}
+	}
+	return f, values, violations
+}
+
+// set sets the field of a query parameter, or returns what is wrong with its value.
+func (f *Filter) set(name, value string) (violation string) {
+	switch name {
+	case "user_id":
+		f.Owner = &value
+		if violations := userIDViolations(value); violations != nil {
+			return violations[0]
+		}
+	case "completed":
+		completed := value == "true"
+		f.Completed = &completed
+		if !completed && value != "false" {
+			return "must be true or false"
+		}
+	case "sort":
+		f.Descending = value == "-created_at"
+		if !f.Descending && value != "created_at" {
+			return "must be created_at or -created_at"
+		}
+	case "limit":
+		n, err := strconv.ParseUint(value, 10, 16)
+		f.Limit = int(n)
+		if err != nil || n < 1 || n > maxLimit {
+			return fmt.Sprintf("must be from 1 to %d", maxLimit)
+		}
+	case "after":
+		var ok bool
+		if f.After, ok = parseID(value); !ok {
+			return "must be the id of a task"
+		}
+	}
+	return ""
+}
+
+// readID reads the id of a path such as /api/tasks/{id}/complete. It does not use
+// [http.Request.PathValue], which may be an outer router's.
+func (r *request) readID() error {
+	segments := append(strings.Split(r.URL.EscapedPath(), "/"), "")
+	if len(segments) < 5 || segments[3] == "" {
+		return nil
+	}
+	id, _ := url.PathUnescape(segments[3]) // cannot fail
+	var ok bool
+	if r.id, ok = parseID(id); !ok {
+		return refuse(http.StatusNotFound, "Not found: %q is not a UUID.", id)
+	}
+	return nil
+}
+
+// checkMediaType checks the type of a body and that it is not compressed.
+// Parameters of the type do not matter: JSON is always UTF-8.
+func checkMediaType(r *http.Request, accepts []string) error {
+	if encoding := strings.Join(r.Header.Values("Content-Encoding"), ", "); encoding != "" && !strings.EqualFold(encoding, "identity") {
+		p := refuse(http.StatusUnsupportedMediaType, "The body must not be compressed; its Content-Encoding is %q.", encoding)
+		p.header = http.Header{"Accept-Encoding": {"identity"}}
+		return p
+	}
+	mediaType, _, _ := strings.Cut(r.Header.Get("Content-Type"), ";")
+	if slices.Contains(accepts, strings.ToLower(strings.TrimSpace(mediaType))) {
+		return nil
+	}
+	name := map[string]string{http.MethodPost: "Accept-Post", http.MethodPatch: "Accept-Patch", http.MethodPut: "Accept"}[r.Method]
+	p := refuse(http.StatusUnsupportedMediaType, "The Content-Type must be %s.", strings.Join(accepts, " or "))
+	p.header = http.Header{name: {strings.Join(accepts, ", ")}}
+	return p
+}
+
+// checkDraft checks what all creations have in common: err of decoding the body,
+// the owner in it, which it completes, and the Idempotency-Key, which it returns.
+func (r *request) checkDraft(owner **string, err error) (key string, _ error) {
+	invalid, ok := err.(InvalidError)
+	if err != nil && !ok {
+		return "", err
+	}
+	if r.Owner != nil && *owner != nil && **owner != *r.Owner {
+		if r.verified {
+			return "", refuse(http.StatusForbidden, "The user_id of the body is not the user of the request.")
+		}
+		invalid = append(invalid, Violation{Pointer: "#/user_id", Detail: "differs from the user_id of the query"})
+	}
+	*owner = cmp.Or(r.Owner, *owner)
+	const name = "Idempotency-Key"
+	if keys := r.Header.Values(name); len(keys) == 1 && isVisible(keys[0], maxKey) {
+		key = keys[0]
+	} else if keys != nil {
+		invalid = append(invalid, Violation{Header: name, Detail: fmt.Sprintf("must be one value of 1 to %d visible ASCII characters", maxKey)})
+	}
+	if len(invalid) > 0 {
+		return "", invalid
+	}
+	return key, nil
+}
+
+// isVisible reports whether s is 1 to most visible ASCII characters.
+func isVisible(s string, most int) bool {
+	return s != "" && len(s) <= most && !strings.ContainsFunc(s, func(r rune) bool { return r < '!' || r > '~' })
+}
+
+// target returns the row that a request is about, with its conditions (RFC 9110
+// §13.1.1 and §13.1.2).
+func (r *request) target() Target {
+	t := Target{ID: r.id, Owner: r.Owner}
+	if fields := r.Header.Values("If-Match"); fields != nil {
+		if tags, any := parseTags(fields); !any {
+			t.Match = versions(tags)
+		}
+	}
+	if fields := r.Header.Values("If-None-Match"); fields != nil {
+		tags, any := parseTags(fields)
+		for i := range tags {
+			tags[i] = strings.TrimPrefix(tags[i], "W/") // the comparison is weak
+		}
+		t.NoneMatch, t.NoneMatchAny = versions(tags), any
+	}
+	return t
+}
+
+// badIfMatch reports whether the request has an If-Match that matches no version.
+func (r *request) badIfMatch() bool {
+	match := r.target().Match
+	return match != nil && len(match) == 0
+}
+
+// etag returns the entity tag of a version, a strong one.
+func etag(version int64) string { return `"` + strconv.FormatInt(version, 10) + `"` }
+
+// versions returns the versions whose entity tags are among tags; not nil.
+func versions(tags []string) []int64 {
+	versions := []int64{}
+	for _, tag := range tags {
+		n, err := strconv.ParseInt(strings.Trim(tag, `"`), 10, 64)
+		if err == nil && etag(n) == tag {
+			versions = append(versions, n)
+		}
+	}
+	return versions
+}
+
+// parseTags returns the entity tags of a list that may be spread over several
+// fields, or any for a single *. A malformed list has no tags.
+func parseTags(fields []string) (tags []string, any bool) {
+	list := strings.Join(fields, ",")
+	if strings.Trim(list, " \t") == "*" {
+		return nil, true
+	}
+	for {
+		list = strings.TrimLeft(list, " \t,")
+		if list == "" {
+			return tags, false
+		}
+		opaque, ok := strings.CutPrefix(strings.TrimPrefix(list, "W/"), `"`)
+		opaque, rest, closed := strings.Cut(opaque, `"`)
+		if !ok || !closed || strings.ContainsFunc(opaque, func(r rune) bool { return r <= ' ' || r == 0x7f }) {
+			return nil, false
+		}
+		tags = append(tags, strings.TrimSuffix(list, rest))
+		list = strings.TrimLeft(rest, " \t")
+		if list != "" && list[0] != ',' {
+			return nil, false
+		}
+	}
+}
+
+// hostServed reports whether a request with this Host is served. Names compare
+// without port, case and final dot. No browser sends a request without Host.
+func (h *Handler) hostServed(host string) bool {
+	if host == "" || len(h.opts.Hosts) == 0 || slices.Contains(h.opts.Hosts, "*") {
+		return true
+	}
+	if name, _, err := net.SplitHostPort(host); err == nil {
+		host = name
+	}
+	host = canonicalHost(host)
+	_, err := netip.ParseAddr(strings.Trim(host, "[]"))
+	return err == nil || host == "localhost" || strings.HasSuffix(host, ".localhost") ||
+		slices.ContainsFunc(h.opts.Hosts, func(served string) bool { return canonicalHost(served) == host })
+}
+
+func canonicalHost(name string) string { return strings.TrimSuffix(strings.ToLower(name), ".") }
+
+// originNamed reports whether the origin of a request is among the CORSOrigins.
+func (h *Handler) originNamed(r *http.Request) bool {
+	origin := r.Header.Get("Origin")
+	return origin != "" && (slices.Contains(h.opts.CORSOrigins, origin) || slices.Contains(h.opts.CORSOrigins, "*"))
+}
+
+// requestID returns the request's own id if it has a good one, else a new one.
+func requestID(r *http.Request) string {
+	if ids := r.Header.Values("X-Request-Id"); len(ids) == 1 && isVisible(ids[0], maxRequestID) {
+		return ids[0]
+	}
+	return rand.Text()
+}

@@ -1,0 +1,319 @@
+package main
+
+// response.go is what goes out: the adapter that makes a response of what an
+// endpoint returns, problem documents (RFC 9457), and the responses of the API.
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"maps"
+	"net/http"
+	"runtime/debug"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+)
+
+const (
+	statusClientClosed = 499    // nginx's
+	corsMaxAge         = "7200" // seconds; browsers allow no more
+	retryAfter         = "1"    // seconds
+	noRoute            = "unmatched"
+)
+
+// ServeHTTP answers a request by the endpoint of the route. It is the adapter
+// between endpoints and net/http: it alone writes, logs and counts.
+func (rt *route) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	start := time.Now()
+	rt.h.metrics.inFlight.Add(1)
+	defer rt.h.metrics.inFlight.Add(-1)
+	id, body := requestID(r), &trackedBody{ReadCloser: r.Body}
+	r.Body = body
+	res, err := rt.respond(w, r)
+	if err != nil {
+		p := problemOf(err)
+		if errors.Is(err, ErrUnavailable) && errors.Is(r.Context().Err(), context.Canceled) {
+			p = refuse(statusClientClosed, "The client closed the connection.")
+		}
+		res = p.response(id)
+	}
+	w.Header().Set("X-Request-Id", id)
+	w.Header().Set("X-Content-Type-Options", "nosniff")
+	rt.h.setCORS(w.Header(), r)
+	if r.ContentLength != 0 && !body.read {
+		closeUnread(w)
+	}
+	res.write(w)
+	size := len(res.body)
+	if r.Method == http.MethodHead {
+		size = 0 // net/http sends none
+	}
+	_, path, found := strings.Cut(rt.pattern, " ")
+	if !found {
+		path = noRoute
+	}
+	elapsed := time.Since(start)
+	rt.h.metrics.observe(path, r.Method, res.status, elapsed)
+	rt.h.log(r, path, res.status, elapsed, size, id, err)
+}
+
+// respond calls the endpoint after the checks that all routes share.
+func (rt *route) respond(w http.ResponseWriter, r *http.Request) (res *response, err error) {
+	defer func() {
+		if v := recover(); v != nil {
+			err = fmt.Errorf("panic: %v\n%s", v, debug.Stack())
+		}
+	}()
+	if !rt.h.hostServed(r.Host) {
+		return nil, refuse(http.StatusMisdirectedRequest, "The Host %q is not served here; ALLOWED_HOSTS names those that are.", r.Host)
+	}
+	var csrf http.CrossOriginProtection
+	if rt.pattern != noRoute && !rt.h.originNamed(r) && csrf.Check(r) != nil {
+		return nil, refuse(http.StatusForbidden, "The origin %q may not send this request: CORS_ORIGINS does not name it, and it differs from the Host, %q.",
+			r.Header.Get("Origin"), r.Host)
+	}
+	return rt.serve(w, r)
+}
+
+// trackedBody is a body that knows whether it was read to its end.
+type trackedBody struct {
+	io.ReadCloser
+	read bool
+}
+
+func (b *trackedBody) Read(p []byte) (int, error) {
+	n, err := b.ReadCloser.Read(p)
+	b.read = b.read || err == io.EOF
+	return n, err
+}
+
+// closeUnread makes net/http close the connection after the response instead of
+// reading the rest of the body, for which it would set no deadline. Exceeding a
+// limit makes it wait before it closes: it would reset the connection, and the
+// client might lose the response (golang.org/issue/3595).
+func closeUnread(w http.ResponseWriter) {
+	w.Header().Set("Connection", "close")
+	io.Copy(io.Discard, http.MaxBytesReader(w, io.NopCloser(strings.NewReader("too much")), 0))
+}
+
+// setCORS sets what CORS needs on every response.
+func (h *Handler) setCORS(header http.Header, r *http.Request) {
+	if len(h.opts.CORSOrigins) == 0 {
+		return
+	}
+	header.Add("Vary", "Origin")
+	if !h.originNamed(r) {
+		return
+	}
+	origin := r.Header.Get("Origin")
+	header.Set("Access-Control-Allow-Origin", origin)
+	header.Set("Access-Control-Expose-Headers", "ETag, Link, Location, Retry-After, WWW-Authenticate, X-Request-ID, Idempotency-Replayed")
+	if slices.Contains(h.opts.CORSOrigins, origin) {
+		header.Set("Access-Control-Allow-Credentials", "true")
+	}
+}
+
+// log writes the line of a request, with the cause of a 5xx.
+func (h *Handler) log(r *http.Request, path string, status int, elapsed time.Duration, size int, id string, err error) {
+	level := slog.LevelInfo
+	attrs := []slog.Attr{
+		slog.String("method", r.Method),
+		slog.String("route", path),
+		slog.Int("status", status),
+		slog.Float64("duration_ms", float64(elapsed.Microseconds())/1000),
+		slog.Int("bytes", size),
+		slog.String("request_id", id),
+	}
+	if status >= 500 {
+		attrs = append(attrs, slog.String("error", err.Error()))
+		level = slog.LevelError
+		if _, refused := errors.AsType[*problem](err); refused { // busy or stopping, which is no fault
+			level = slog.LevelWarn
+		}
+	}
+	h.opts.Logger.LogAttrs(r.Context(), level, "request", attrs...)
+}
+
+// problem is an error as clients see it: a problem document (RFC 9457).
+type problem struct {
+	Type      string       `json:"type"`
+	Title     string       `json:"title"`
+	Status    int          `json:"status"`
+	Detail    string       `json:"detail"`
+	RequestID string       `json:"request_id"`
+	Errors    InvalidError `json:"errors,omitempty"`
+	header    http.Header  // besides what all problems have
+	cause     error        // for the log
+}
+
+func (p *problem) Error() string {
+	if p.cause != nil {
+		return p.cause.Error()
+	}
+	return p.Detail
+}
+
+// Unwrap returns the cause.
+func (p *problem) Unwrap() error { return p.cause }
+
+// refuse returns an error that becomes the given response.
+func refuse(status int, format string, args ...any) *problem {
+	title := http.StatusText(status)
+	if status == statusClientClosed {
+		title = "Client Closed Request"
+	}
+	return &problem{Type: "about:blank", Title: title, Status: status, Detail: fmt.Sprintf(format, args...)}
+}
+
+// problemOf makes a problem of an error. An error that it does not know is a
+// defect; its text stays in the log.
+func problemOf(err error) *problem {
+	if p, ok := errors.AsType[*problem](err); ok {
+		return p
+	}
+	if malformed, ok := errors.AsType[malformedError](err); ok {
+		return refuse(http.StatusBadRequest, "%s", malformed)
+	}
+	invalid, ok := errors.AsType[InvalidError](err)
+	switch {
+	case errors.Is(err, ErrKeyReused):
+		invalid, ok = InvalidError{{Header: "Idempotency-Key", Detail: "was used with other content"}}, true
+	case errors.Is(err, ErrUnknownUser):
+		invalid, ok = InvalidError{{Pointer: "#/user_id", Detail: "unknown user"}}, true
+	}
+	switch {
+	case ok:
+		p := refuse(http.StatusUnprocessableEntity, "The request is invalid; see errors.")
+		p.Errors = invalid
+		return p
+	case errors.Is(err, ErrNotFound):
+		return refuse(http.StatusNotFound, "Not found.")
+	case errors.Is(err, ErrPrecondition):
+		return refuse(http.StatusPreconditionFailed, "The task has another version than the request requires.")
+	case errors.Is(err, ErrUnavailable):
+		return refuse(http.StatusServiceUnavailable, "The database did not respond. If the request was a change, it may have been made, or may still be, once.")
+	}
+	return refuse(http.StatusInternalServerError, "Internal error. The log has its cause under this request_id.")
+}
+
+// response returns the problem as a response.
+func (p *problem) response(requestID string) *response {
+	doc := *p
+	doc.RequestID = requestID
+	var body bytes.Buffer
+	enc := json.NewEncoder(&body)
+	enc.SetEscapeHTML(false)
+	enc.Encode(doc) // cannot fail: strings and a number
+	res := newResponse("application/problem+json", "no-store", body.Bytes())
+	res.status = p.Status
+	maps.Copy(res.header, p.header)
+	if p.Status == http.StatusServiceUnavailable {
+		res.header.Set("Retry-After", retryAfter)
+	}
+	return res
+}
+
+// response is an answer that is complete before its first byte is written.
+type response struct {
+	status int
+	header http.Header // besides what all responses have
+	body   []byte      // nil: none
+}
+
+// newResponse returns a 200.
+func newResponse(mediaType, cacheControl string, body []byte) *response {
+	return &response{http.StatusOK, http.Header{"Content-Type": {mediaType}, "Cache-Control": {cacheControl}}, body}
+}
+
+// write writes the response. It is no error if the client does not read it.
+func (res *response) write(w http.ResponseWriter) {
+	maps.Copy(w.Header(), res.header)
+	if res.body != nil {
+		w.Header().Set("Content-Length", strconv.Itoa(len(res.body)))
+	}
+	w.WriteHeader(res.status)
+	w.Write(res.body)
+}
+
+// preflight answers a preflight of CORS.
+func preflight(methods string, asked http.Header) *response {
+	res := &response{status: http.StatusNoContent, header: http.Header{
+		"Access-Control-Allow-Methods": {methods},
+		"Access-Control-Max-Age":       {corsMaxAge},
+	}}
+	if headers := asked.Values("Access-Control-Request-Headers"); headers != nil {
+		res.header["Access-Control-Allow-Headers"] = headers
+	}
+	return res
+}
+
+// changed returns the response with a row, or err.
+func changed[T resource](row T, err error) (*response, error) {
+	if err != nil {
+		return nil, err
+	}
+	_, _, version := row.identity()
+	res := newResponse(mediaTypeJSON, "no-cache", append(row.appendJSON(make([]byte, 0, 512)), '\n'))
+	res.header["Etag"] = []string{etag(version)}
+	return res, nil
+}
+
+// created returns the response to a creation, or err.
+func created[T resource](r *request, row T, replayed bool, err error) (*response, error) {
+	res, err := changed(row, err)
+	if err != nil {
+		return nil, err
+	}
+	id, _, _ := row.identity()
+	res.status = http.StatusCreated
+	res.header.Set("Location", r.path+"/"+id)
+	if replayed {
+		res.header.Set("Idempotency-Replayed", "true")
+	}
+	return res, nil
+}
+
+// fetched returns the response to a GET with its conditions, or err.
+func fetched[T resource](r *request, row T, err error) (*response, error) {
+	res, err := changed(row, err)
+	if err != nil {
+		return nil, err
+	}
+	_, _, version := row.identity()
+	switch target := r.target(); {
+	case !target.matches(version):
+		return nil, ErrPrecondition
+	case target.excludes(version):
+		res.header.Del("Content-Type")
+		return &response{status: http.StatusNotModified, header: res.header}, nil
+	}
+	return res, nil
+}
+
+// listed returns the response with a page, which has a link to the next one if
+// more rows follow, or err.
+func listed[T resource](r *request, rows []T, more bool, err error) (*response, error) {
+	if err != nil {
+		return nil, err
+	}
+	body := append(make([]byte, 0, 2+320*len(rows)), '[')
+	for i, row := range rows {
+		if i > 0 {
+			body = append(body, ',')
+		}
+		body = row.appendJSON(body)
+	}
+	res := newResponse(mediaTypeJSON, "no-cache", append(body, "]\n"...))
+	if more {
+		last, _, _ := rows[len(rows)-1].identity()
+		r.query.Set("after", last)
+		res.header.Set("Link", "<"+r.path+"?"+r.query.Encode()+`>; rel="next"`)
+	}
+	return res, nil
+}
