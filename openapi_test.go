@@ -89,7 +89,7 @@ func (s *spec) path(requested string) string {
 	for template := range s.get(s.doc, "paths") {
 		if slices.EqualFunc(strings.Split(template, "/"), segments, func(want, segment string) bool {
 			name, err := url.PathUnescape(segment)
-			return err == nil && (name == want || name != "" && strings.HasPrefix(want, "{"))
+			return err == nil && (name == want || name != "" && name != "/" && strings.HasPrefix(want, "{"))
 		}) {
 			return template
 		}
