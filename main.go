@@ -14,6 +14,7 @@
 package main
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"flag"
@@ -28,6 +29,7 @@ import (
 	"runtime/debug"
 	"strconv"
 	"strings"
+	"sync/atomic"
 	"syscall"
 	"time"
 )
@@ -42,6 +44,7 @@ const (
 )
 
 func main() {
+	signal.Ignore(syscall.SIGPIPE) // a log without a reader does not end the service
 	ctx, cancel := context.WithCancel(context.Background())
 	signals := make(chan os.Signal, 1)
 	signal.Notify(signals, os.Interrupt, syscall.SIGTERM)
@@ -57,7 +60,9 @@ func main() {
 	if err == nil {
 		return
 	}
-	fmt.Fprintln(os.Stderr, "tasks:", err)
+	stderr := newLogWriter(os.Stderr, nil)
+	fmt.Fprintln(stderr, "tasks:", err)
+	stderr.flush()
 	if _, ok := errors.AsType[usageError](err); ok {
 		os.Exit(2)
 	}
@@ -81,7 +86,12 @@ func run(ctx context.Context, args []string, getenv func(string) string, stdout 
 	case flags.NArg() > 0:
 		return usageError{fmt.Errorf("unexpected argument %q; settings are environment variables, see -h", flags.Arg(0))}
 	}
-	cfg, err := configure(getenv, stdout)
+	var cfg config
+	log := newLogWriter(stdout, func(lines int64) {
+		cfg.options.Logger.Warn("log lines were dropped, the log could not be written", "lines", lines)
+	})
+	defer log.flush()
+	cfg, err = configure(getenv, log)
 	if err != nil {
 		return usageError{err}
 	}
@@ -376,5 +386,52 @@ func migrate(ctx context.Context, store *Store, log *slog.Logger) error {
 			return fmt.Errorf("the database was not ready within %v: %w", startTimeout, err)
 		case <-time.After(retryInterval):
 		}
+	}
+}
+
+// logWriter writes lines in the background, so that a reader of the log that
+// does not read holds up neither requests nor a stop.
+type logWriter struct {
+	lines   chan []byte
+	dropped atomic.Int64  // lines that found too many others waiting
+	flushed chan struct{} // closed once all lines before an empty one are written
+}
+
+// newLogWriter returns a logWriter for w. When w takes lines again after some
+// were dropped, report is called with their number.
+func newLogWriter(w io.Writer, report func(lines int64)) *logWriter {
+	l := &logWriter{lines: make(chan []byte, 10_000), flushed: make(chan struct{})}
+	go func() {
+		defer close(l.flushed)
+		for line := range l.lines {
+			if len(line) == 0 {
+				return
+			}
+			w.Write(line) // there is no place to report an error
+			if len(l.lines) == 0 && l.dropped.Load() > 0 {
+				report(l.dropped.Swap(0))
+			}
+		}
+	}()
+	return l
+}
+
+// Write takes a line. It does not wait and does not fail.
+func (l *logWriter) Write(line []byte) (int, error) {
+	select {
+	case l.lines <- bytes.Clone(line):
+	default:
+		l.dropped.Add(1)
+	}
+	return len(line), nil
+}
+
+// flush waits until the lines so far are written, for a second at most. Lines
+// that come later are not written.
+func (l *logWriter) flush() {
+	go func() { l.lines <- nil }()
+	select {
+	case <-l.flushed:
+	case <-time.After(time.Second):
 	}
 }

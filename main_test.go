@@ -118,7 +118,7 @@ func (s *service) addr() string {
 }
 
 // freshly sends each request on a new connection.
-var freshly = &http.Client{Transport: &http.Transport{DisableKeepAlives: true}}
+var freshly = &http.Client{Transport: &http.Transport{DisableKeepAlives: true}, Timeout: patience}
 
 // get returns the status and the body of an answer.
 func (s *service) get(path string) (int, string) {
@@ -216,6 +216,14 @@ type process struct {
 // in the directory dir, or in one where it cannot do without DATABASE_URL.
 func start(t testing.TB, dir string, env settings, args ...string) *process {
 	t.Helper()
+	p := prepare(t, dir, env, args...)
+	p.begin()
+	return p
+}
+
+// prepare returns a process that has not begun.
+func prepare(t testing.TB, dir string, env settings, args ...string) *process {
+	t.Helper()
 	path, err := program()
 	if err != nil {
 		t.Fatal(err)
@@ -232,15 +240,19 @@ func start(t testing.TB, dir string, env settings, args ...string) *process {
 	for name, value := range env {
 		p.Env = append(p.Env, name+"="+value)
 	}
+	return p
+}
+
+func (p *process) begin() {
+	p.t.Helper()
 	if err := p.Start(); err != nil {
-		t.Fatal(err)
+		p.t.Fatal(err)
 	}
 	go func() {
 		defer close(p.ended)
 		p.err = p.Cmd.Wait()
 	}()
-	t.Cleanup(func() { p.Process.Kill(); <-p.ended })
-	return p
+	p.t.Cleanup(func() { p.Process.Kill(); <-p.ended })
 }
 
 // signal sends a signal.
@@ -411,6 +423,7 @@ func TestExitCodes(t *testing.T) {
 		{"invalid DATABASE_URL", nil, settings{"DATABASE_URL": "x"}, 2, `^tasks: DATABASE_URL: `},
 		{"port in use", nil, settings{"DATABASE_URL": newDatabase(t), "ADDR": running.addr()}, 1, `^tasks: .*address already in use \(ADDR or PORT chooses another address\)`},
 		{"healthy", []string{"-healthcheck"}, settings{"ADDR": running.addr()}, 0, `^$`},
+		{"healthy, whatever the proxy", []string{"-healthcheck"}, settings{"ADDR": strings.Replace(running.addr(), "127.0.0.1", "localhost.", 1), "HTTP_PROXY": "http://127.0.0.1:1"}, 0, `^$`},
 		{"not healthy", []string{"-healthcheck"}, settings{"ADDR": "127.0.0.1:1"}, 1, `^tasks: .*connection refused`},
 	} {
 		t.Run(test.name, func(t *testing.T) {
@@ -577,6 +590,61 @@ time=T level=INFO msg=stopping
 				t.Errorf("got\n%swant\n%s", got, test.want)
 			}
 		})
+	}
+}
+
+// A reader of the log that goes, or that stops reading, neither ends the service
+// nor holds up its requests and its stop.
+func TestLogWithoutReader(t *testing.T) {
+	t.Parallel()
+	for _, gone := range []bool{true, false} {
+		t.Run(fmt.Sprintf("gone=%t", gone), func(t *testing.T) {
+			t.Parallel()
+			p := prepare(t, t.TempDir(), settings{"DATABASE_URL": newDatabase(t)})
+			reader, writer, err := os.Pipe()
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer reader.Close()
+			p.Stdout, p.Stderr = writer, writer
+			p.begin()
+			writer.Close()
+			line, err := bufio.NewReader(reader).ReadString('\n')
+			if err != nil {
+				t.Fatal(err)
+			}
+			io.WriteString(p.service.log, line)
+			if gone {
+				reader.Close()
+			}
+			for range 1000 { // lines, more than a pipe holds
+				if status, _ := p.get("/healthz"); status != http.StatusOK {
+					t.Fatalf("status %d", status)
+				}
+			}
+			p.signal(syscall.SIGTERM)
+			p.exit(0)
+		})
+	}
+}
+
+// Lines are dropped while nobody reads them, and then counted.
+func TestLogWriter(t *testing.T) {
+	t.Parallel()
+	reader, writer := io.Pipe()
+	dropped := make(chan int64, 1)
+	l := newLogWriter(writer, func(lines int64) { dropped <- lines })
+	const written = 20_000
+	for range written {
+		io.WriteString(l, "line\n")
+	}
+	l.flush() // in vain
+	var lines int64
+	for r := bufio.NewReader(reader); len(dropped) == 0; lines++ {
+		r.ReadString('\n')
+	}
+	if n := <-dropped; n == 0 || n+lines != written {
+		t.Errorf("%d lines were written, %d dropped; %d arrived", written, n, lines)
 	}
 }
 

@@ -14,8 +14,11 @@ import (
 // its response. Options.RequestTimeout has to be shorter.
 const writeTimeout = 50 * time.Second
 
+// tick is the step in which Shutdown waits.
+const tick = 10 * time.Millisecond
+
 // Server is an [http.Server] with timeouts against slow clients and a Shutdown
-// that loses no request. Shutdown uses the fields Handler, BaseContext and
+// that loses no request. Shutdown relies on the fields Handler, BaseContext and
 // ConnState: a function that replaces one of them must call the original.
 type Server struct {
 	*http.Server
@@ -24,7 +27,8 @@ type Server struct {
 	closing     atomic.Bool     // each response is the last on its connection
 	inFlight    *sync.WaitGroup // requests that began since the last call of drained
 	listeners   []net.Listener
-	unusedConns sync.Map // the connections without a request so far, as keys
+	serving     atomic.Int32 // calls of Serve that have not returned
+	unusedConns sync.Map     // as keys
 }
 
 // NewServer returns a server for outer, which is api or contains it.
@@ -60,13 +64,6 @@ func (s *Server) track(outer http.Handler) http.Handler {
 	})
 }
 
-func (s *Server) addListener(l net.Listener) context.Context {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	s.listeners = append(s.listeners, l)
-	return context.Background() // as net/http does without BaseContext
-}
-
 func (s *Server) setConnState(c net.Conn, state http.ConnState) {
 	if state == http.StateNew {
 		s.unusedConns.Store(c, nil)
@@ -77,27 +74,37 @@ func (s *Server) setConnState(c net.Conn, state http.ConnState) {
 
 // Serve is like [http.Server.Serve]. It returns [http.ErrServerClosed] as soon as
 // Shutdown has closed l, and so do the methods below.
-func (s *Server) Serve(l net.Listener) error { return s.ended(s.Server.Serve(l)) }
-
-// ListenAndServe is like [http.Server.ListenAndServe].
-func (s *Server) ListenAndServe() error { return s.ended(s.Server.ListenAndServe()) }
+func (s *Server) Serve(l net.Listener) error {
+	return s.serve(func() error { return s.Server.Serve(l) })
+}
 
 // ServeTLS is like [http.Server.ServeTLS].
 func (s *Server) ServeTLS(l net.Listener, cert, key string) error {
-	return s.ended(s.Server.ServeTLS(l, cert, key))
+	return s.serve(func() error { return s.Server.ServeTLS(l, cert, key) })
 }
+
+// ListenAndServe is like [http.Server.ListenAndServe].
+func (s *Server) ListenAndServe() error { return s.serve(s.Server.ListenAndServe) }
 
 // ListenAndServeTLS is like [http.Server.ListenAndServeTLS].
 func (s *Server) ListenAndServeTLS(cert, key string) error {
-	return s.ended(s.Server.ListenAndServeTLS(cert, key))
+	return s.serve(func() error { return s.Server.ListenAndServeTLS(cert, key) })
 }
 
-// ended returns the error of a server that ended with err.
-func (s *Server) ended(err error) error {
-	if s.closing.Load() {
-		return http.ErrServerClosed
+func (s *Server) serve(serve func() error) error {
+	s.serving.Add(1)
+	defer s.serving.Add(-1)
+	if err := serve(); !s.closing.Load() {
+		return err
 	}
-	return err
+	return http.ErrServerClosed
+}
+
+func (s *Server) addListener(l net.Listener) context.Context {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.listeners = append(s.listeners, l)
+	return context.Background() // as without BaseContext
 }
 
 // Shutdown drains the service, waits for the requests in flight, and closes the
@@ -115,8 +122,8 @@ func (s *Server) Shutdown(ctx context.Context) error {
 	case <-s.drained():
 		s.closeListeners()
 	}
-	for c := range s.unusedConns.Range { // net/http would wait 5 s for them
-		c.(net.Conn).Close()
+	for _, c := range s.unused() { // net/http would wait 5 s for them
+		c.Close()
 	}
 	err := s.Server.Shutdown(ctx)
 	if err != nil {
@@ -146,19 +153,23 @@ func (s *Server) drained() <-chan struct{} {
 // have not been accepted when their listener is closed.
 func (s *Server) closeListeners() {
 	s.mu.Lock()
-	pause() // until all clients wait
+	for range 10 { // 0.1 s in steps, so that a process that was suspended reads what has arrived
+		time.Sleep(tick)
+	}
 	for _, l := range s.listeners {
 		l.Close()
 	}
 	s.mu.Unlock()
-	pause() // for the first request on connections that have just been accepted
+	// A second for the first requests on connections that have just been accepted.
+	for i := 0; i < 100 && (s.serving.Load() > 0 || len(s.unused()) > 0); i++ {
+		time.Sleep(tick)
+	}
 }
 
-// pause waits for data that is under way, about as long as a slow round trip. It
-// sleeps in steps, so that there is time to read what arrived while the whole
-// process was suspended.
-func pause() {
-	for range 10 {
-		time.Sleep(10 * time.Millisecond)
+// unused returns the connections on which no request has arrived.
+func (s *Server) unused() (conns []net.Conn) {
+	for c := range s.unusedConns.Range {
+		conns = append(conns, c.(net.Conn))
 	}
+	return conns
 }
