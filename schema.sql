@@ -98,7 +98,7 @@ BEGIN
 
     -- Another program's table stays untouched.
     IF (SELECT relkind <> 'r' FROM pg_class WHERE oid = to_regclass(tasks)) THEN
-        RAISE EXCEPTION '% is not a table: rename it, or set another search_path', tasks USING ERRCODE = 'wrong_object_type';
+        RAISE EXCEPTION '% is not an ordinary table: rename it, or set another search_path', tasks USING ERRCODE = 'wrong_object_type';
     END IF;
     WITH needed AS (
         SELECT split_part(needed, ' ', 1) AS name, needed AS definition FROM unnest(columns_needed) AS needed
@@ -133,7 +133,7 @@ BEGIN
             SELECT needed FROM unnest(indexes_needed) AS needed
             WHERE NOT EXISTS (
                 SELECT FROM pg_index
-                WHERE indrelid = to_regclass(tasks) AND indisvalid AND indimmediate
+                WHERE indrelid = to_regclass(tasks) AND indisvalid
                   AND (indisunique OR needed NOT LIKE 'CREATE UNIQUE %')
                   AND split_part(regexp_replace(pg_get_indexdef(indexrelid, 0, true), ' WITH \(.*?\)', ''), ' USING ', 2) = split_part(needed, ' USING ', 2)));
         EXIT WHEN locked OR missing = '{}';
