@@ -286,76 +286,46 @@ func TestTransient(t *testing.T) {
 		return fmt.Errorf("while testing: %w", &pq.Error{Code: pqerror.Code(code), Message: message})
 	}
 	connect := func(err error) error { return fmt.Errorf("while testing: %w", &connectError{err}) }
-	refused := &net.OpError{Op: "dial", Net: "tcp", Err: os.NewSyscallError("connect", errors.New("connection refused"))}
-	for _, test := range []struct {
-		name string
-		err  error
-		want bool
-	}{
-		{"nil", nil, false},
-		{"defect", errors.New("defect"), false},
-		{"EOF, as from pgx", fmt.Errorf("failed to receive message: %w", io.ErrUnexpectedEOF), true},
-		{"EOF", io.EOF, true},
-		{"reset", fmt.Errorf("write failed: %w", &net.OpError{Op: "write", Err: os.NewSyscallError("write", syscall.ECONNRESET)}), true},
-		{"reset, bare", syscall.ECONNRESET, true},
-		{"SQLSTATE of another driver", fmt.Errorf("while testing: %w", otherError("57P01")), true},
-		{"defect told by another driver", otherError("42P01"), false},
-		{"refused", connect(refused), true},
-		{"no such host", connect(&net.OpError{Op: "dial", Err: &net.DNSError{Err: "no such host", IsNotFound: true}}), true},
-		{"EOF while connecting", connect(io.EOF), true},
-		{"closed while connecting", connect(io.ErrUnexpectedEOF), true},
-		{"bad connection", driver.ErrBadConn, true},
-		{"unknown outcome", fmt.Errorf("%w (EOF)", errUnknownOutcome), true},
-		{"deadline", context.DeadlineExceeded, true},
-		{"standby of several hosts", connect(errors.New("server is in hot standby mode")), true},
-		{"one of several hosts is starting", connect(fmt.Errorf("pq: could not connect to any of the hosts:\n%w", errors.Join(refused, state("57P03", "the database system is starting up")))), true},
-		{"all of several hosts refuse", connect(fmt.Errorf("pq: could not connect to any of the hosts:\n%w", errors.Join(refused, refused))), true},
-		{"read-only one of several hosts", connect(errors.New("session is read-only")), true},
-		{"no TLS", connect(pq.ErrSSLNotSupported), false},
-		{"no TLS on a host called so", connect(fmt.Errorf("pq: could not connect to any of the hosts:\nconnecting to db-standby.read-only:5432: %w", pq.ErrSSLNotSupported)), false},
-		{"alert of TLS", connect(&net.OpError{Op: "remote error", Err: tls.AlertError(70)}), false},
-		{"untrusted", connect(&tls.CertificateVerificationError{Err: x509.UnknownAuthorityError{}}), false},
-		{"untrusted, verify-ca", connect(x509.UnknownAuthorityError{}), false},
-		{"expired, verify-ca", connect(x509.CertificateInvalidError{Reason: x509.Expired}), false},
-		{"no file", connect(&fs.PathError{Op: "open", Path: "ca.crt", Err: fs.ErrNotExist}), false},
-		{"no certificate in the file", connect(errors.New("pq: couldn't parse pem from sslrootcert")), false},
-		{"key readable by others", connect(pq.ErrSSLKeyHasWorldPermissions), false},
-		{"method of authentication", connect(errors.New("pq: unsupported authentication method: KerberosV5 (2)")), false},
-		{"connection_failure", state("08006", ""), true},
-		{"protocol_violation, as from PgBouncer", state("08P01", "server login has been failing"), true},
-		{"limit of PgBouncer", connect(state("08P01", "no more connections allowed (max_client_conn)")), true},
-		{"PgBouncer cannot connect", connect(state("08P01", "server login has been failing, try again later (server_login_retry)")), true},
-		{"setting that PgBouncer refuses", connect(state("08P01", "unsupported startup parameter: search_path")), false},
-		{"wrong password, as from PgBouncer", connect(state("08P01", "password authentication failed")), false},
-		{"wrong password, SCRAM", connect(state("08P01", "SASL authentication failed")), false},
-		{"unknown user, as from PgBouncer", connect(state("08P01", "no such user: alice")), false},
-		{"unknown database, as from PgBouncer", connect(state("08P01", "no such database: a")), false},
-		{"no TLS, as from PgBouncer", connect(state("08P01", "SSL required")), false},
-		{"read_only_sql_transaction", state("25006", ""), true},
-		{"invalid_password", connect(state("28P01", "")), false},
-		{"invalid_authorization_specification", connect(state("28000", "")), false},
-		{"invalid_catalog_name", connect(state("3D000", "")), false},
-		{"serialization_failure", state("40001", ""), true},
-		{"deadlock_detected", state("40P01", ""), true},
-		{"insufficient_privilege", state("42501", ""), false},
-		{"undefined_object, as an unknown setting", connect(state("42704", "")), false},
-		{"undefined_table", state("42P01", ""), false},
-		{"unique_violation", state("23505", ""), false},
-		{"disk_full", state("53100", ""), true},
-		{"too_many_connections", connect(state("53300", "")), true},
-		{"lock_not_available", state("55P03", ""), true},
-		{"object_in_use", state("55006", ""), false},
-		{"query_canceled", state("57014", ""), true},
-		{"admin_shutdown", state("57P01", ""), true},
-		{"cannot_connect_now", connect(state("57P03", "")), true},
-		{"io_error", state("58030", ""), true},
-		{"internal_error", state("XX000", ""), false},
-		{"internal_error while connecting, as from proxies", connect(state("XX000", "")), true},
-		{"data_corrupted", connect(state("XX001", "")), false},
-		{"no process", connect(errors.New("pq: server error: could not fork new process for connection: Resource temporarily unavailable")), true},
-	} {
-		if got := transient(test.err); got != test.want {
-			t.Errorf("%s (%v): %t, want %t", test.name, test.err, got, test.want)
+	hosts := func(errs ...error) error {
+		return connect(fmt.Errorf("pq: could not connect to any of the hosts:\nconnecting to db-standby.read-only:5432: %w", errors.Join(errs...)))
+	}
+	refused := &net.OpError{Op: "dial", Net: "tcp", Err: os.NewSyscallError("connect", syscall.ECONNREFUSED)}
+	passing := []error{
+		io.EOF, driver.ErrBadConn, errUnknownOutcome, context.DeadlineExceeded, syscall.ECONNRESET, otherError("57P01"),
+		fmt.Errorf("failed to receive message: %w", io.ErrUnexpectedEOF), // as pgx has it
+		fmt.Errorf("write failed: %w", &net.OpError{Op: "write", Err: os.NewSyscallError("write", syscall.EPIPE)}),
+		connect(refused), connect(io.EOF), connect(&net.OpError{Op: "dial", Err: &net.DNSError{Err: "no such host", IsNotFound: true}}),
+		hosts(refused, refused), hosts(refused, state("57P03", "the database system is starting up")),
+		connect(errors.New("server is in hot standby mode")), connect(errors.New("session is read-only")),
+		connect(errors.New("pq: server error: could not fork new process for connection: Resource temporarily unavailable")),
+		connect(state("XX000", "Couldn't connect to compute node")),              // as proxies have it
+		connect(state("08P01", "no more connections allowed (max_client_conn)")), // as PgBouncer has it
+		connect(state("08P01", "server login has been failing, try again later (server_login_retry)")),
+	}
+	for _, code := range strings.Fields("08006 08P01 25006 40001 40P01 53100 53300 55P03 57014 57P01 57P03 58030") {
+		passing = append(passing, state(code, ""), connect(state(code, "")))
+	}
+	lasting := []error{
+		nil, errors.New("defect"), otherError("42P01"), state("XX000", ""), hosts(pq.ErrSSLNotSupported),
+		connect(&net.OpError{Op: "remote error", Err: tls.AlertError(70)}),
+		connect(&tls.CertificateVerificationError{Err: x509.UnknownAuthorityError{}}),
+		connect(x509.UnknownAuthorityError{}), connect(x509.CertificateInvalidError{Reason: x509.Expired}), // with verify-ca
+		connect(&fs.PathError{Op: "open", Path: "ca.crt", Err: syscall.ENOENT}),
+		connect(errors.New("pq: couldn't parse pem from sslrootcert")), connect(pq.ErrSSLKeyHasWorldPermissions),
+		connect(errors.New("pq: unsupported authentication method: KerberosV5 (2)")),
+	}
+	for _, code := range strings.Fields("22023 23505 28000 28P01 3D000 42501 42704 42P01 55006 XX001") {
+		lasting = append(lasting, state(code, ""), connect(state(code, "")))
+	}
+	for _, text := range []string{"unsupported startup parameter: search_path", "password authentication failed", "SASL authentication failed",
+		"no such user: alice", "no such database: a", "SSL required", "login rejected"} {
+		lasting = append(lasting, connect(state("08P01", text))) // as PgBouncer has it
+	}
+	for want, errs := range map[bool][]error{true: passing, false: lasting} {
+		for _, err := range errs {
+			if transient(err) != want {
+				t.Errorf("%v: %t, want %t", err, !want, want)
+			}
 		}
 	}
 }
@@ -762,7 +732,7 @@ func TestPrepareAuto(t *testing.T) {
 			var sort, plans string
 			err = db.QueryRow(`SELECT count(*), current_setting('enable_sort'), current_setting('plan_cache_mode')
 				FROM pg_prepared_statements WHERE $1 <> ''`, "x").Scan(&statements, &sort, &plans)
-			got, want := fmt.Sprint(statements, sort, plans), "0 on auto"
+			got, want := fmt.Sprintf("%d %s %s", statements, sort, plans), "0 on auto"
 			if test.prepared {
 				want = "1 off force_generic_plan"
 			}
@@ -803,84 +773,76 @@ func TestPreparedAgain(t *testing.T) {
 		t.Errorf("%d rows of 4 statements", n)
 	}
 	for n := range 2 * maxPrepared { // the server does not have to keep them all
-		if _, err := db.Query(fmt.Sprint("SELECT $1::int + ", n), 1); err != nil {
+		if err := db.QueryRow(fmt.Sprint("SELECT $1::int + ", n), 1).Scan(new(int)); err != nil {
 			t.Fatal(err)
 		}
+	}
+	var n int
+	if err := db.QueryRow("SELECT count(*) FROM pg_prepared_statements").Scan(&n); err != nil || n != maxPrepared {
+		t.Errorf("%d prepared statements, %v", n, err)
 	}
 }
 
 // No statement of the host's own runs twice when its reply is lost, whatever way
-// it goes, nor is it reported as one that database/sql or others may repeat.
+// it goes.
 func TestLostReply(t *testing.T) {
 	t.Parallel()
-	const insert, insertWith = "INSERT INTO a DEFAULT VALUES RETURNING n", "INSERT INTO a VALUES ($1) RETURNING n"
-	query := func(rows *sql.Rows, err error) error {
-		if err != nil {
-			return err
-		}
-		defer rows.Close()
-		for rows.Next() {
-		}
-		return rows.Err()
-	}
-	for name, run := range map[string]func(p *proxy, db *sql.DB, lose func()) error{
-		"Exec":      func(p *proxy, db *sql.DB, lose func()) error { lose(); _, err := db.Exec(insert); return err },
-		"Exec, $1":  func(p *proxy, db *sql.DB, lose func()) error { lose(); _, err := db.Exec(insertWith, 1); return err },
-		"Query":     func(p *proxy, db *sql.DB, lose func()) error { lose(); return query(db.Query(insert)) },
-		"Query, $1": func(p *proxy, db *sql.DB, lose func()) error { lose(); return query(db.Query(insertWith, 1)) },
-		"SELECT":    func(p *proxy, db *sql.DB, lose func()) error { lose(); return query(db.Query("SELECT f()")) },
-		"Query on Conn": func(p *proxy, db *sql.DB, lose func()) error {
-			conn, err := db.Conn(t.Context())
-			if err != nil {
-				return err
-			}
-			defer conn.Close()
-			lose()
-			return query(conn.QueryContext(t.Context(), insertWith, 1))
-		},
-		"Commit": func(p *proxy, db *sql.DB, lose func()) error {
-			tx, err := db.Begin()
-			if err != nil {
-				return err
-			}
-			defer tx.Rollback()
-			if _, err := tx.Exec(insert); err != nil {
-				return err
-			}
-			lose()
-			return tx.Commit()
-		},
-	} {
-		t.Run(name, func(t *testing.T) {
-			t.Parallel()
-			dbURL := newDatabase(t)
-			execSQL(t, dbURL, "CREATE TABLE a (n int); CREATE FUNCTION f() RETURNS void LANGUAGE sql AS 'INSERT INTO a DEFAULT VALUES'")
-			p := newProxy(t, dbURL)
-			runs, done := 0, 0
-			for _, mode := range []prepareMode{prepareNever, prepareAlways} {
-				db, err := openDB(p.url, mode)
-				if err != nil {
-					t.Fatal(err)
-				}
-				defer db.Close()
-				for f := cutBefore; f < stall; f++ {
-					if err := db.Ping(); err != nil {
+	for _, way := range []string{"Exec", "Query", "Conn", "Commit"} {
+		for _, statement := range []string{"INSERT INTO a DEFAULT VALUES RETURNING 1", "INSERT INTO a VALUES ($1) RETURNING 1", "SELECT f()"} {
+			t.Run(way+" "+statement, func(t *testing.T) {
+				t.Parallel()
+				dbURL := newDatabase(t)
+				execSQL(t, dbURL, "CREATE TABLE a (n int); CREATE FUNCTION f() RETURNS int LANGUAGE sql AS 'INSERT INTO a DEFAULT VALUES RETURNING 1'")
+				p := newProxy(t, dbURL)
+				args := make([]any, strings.Count(statement, "$"))
+				executed := 0
+				for n := range 2 * (stall - cutBefore) {
+					f := cutBefore + n/2
+					db, err := openDB(p.url, prepareAlways+prepareMode(n%2))
+					if err != nil {
 						t.Fatal(err)
 					}
-					err := run(p, db, func() { p.times(1, f) })
-					if err == nil && f != cutWithin || err != nil && !transient(err) || errors.Is(err, driver.ErrBadConn) && name != "Commit" {
+					defer db.Close()
+					conn, err := db.Conn(t.Context())
+					if err != nil {
+						t.Fatal(err)
+					}
+					tx := new(sql.Tx)
+					switch way {
+					case "Exec", "Query":
+						conn.Close() // and idle
+					case "Commit":
+						if tx, err = conn.BeginTx(t.Context(), nil); err == nil {
+							_, err = tx.Exec(statement, args...)
+						}
+					}
+					if err != nil {
+						t.Fatal(err)
+					}
+					p.times(1, f)
+					switch way {
+					case "Exec":
+						_, err = db.Exec(statement, args...)
+					case "Query":
+						err = db.QueryRow(statement, args...).Scan(new(int))
+					case "Conn":
+						err = conn.QueryRowContext(t.Context(), statement, args...).Scan(new(int))
+					case "Commit":
+						err = tx.Commit()
+					}
+					conn.Close()
+					if err == nil && f != cutWithin || err != nil && !transient(err) {
 						t.Errorf("%v: %v", f, err)
 					}
-					runs++
 					if f.executed() {
-						done++
+						executed++
 					}
 				}
-			}
-			if n := queryInt(t, dbURL, "SELECT count(*) FROM a"); n != done {
-				t.Errorf("%d statements of %d were to be executed, and there are %d rows", done, runs, n)
-			}
-		})
+				if n := queryInt(t, dbURL, "SELECT count(*) FROM a"); n != executed {
+					t.Errorf("%d statements have reached the server, and there are %d rows", executed, n)
+				}
+			})
+		}
 	}
 	db := open(t, newDatabase(t))
 	defer db.Close()
@@ -891,104 +853,73 @@ func TestLostReply(t *testing.T) {
 
 // The end of its context, which need not have a deadline, ends any call on a
 // server that has fallen silent, and the pool goes on with another connection.
+// connect_timeout ends connecting, also when only the last look is not answered.
 func TestSilentServer(t *testing.T) {
 	t.Parallel()
-	type call func(ctx context.Context, db *sql.DB) error
-	for _, test := range []struct {
-		name  string
-		skip  int64 // statements that are answered
-		fault fault
-		call  call
-	}{
-		{"Exec", 0, stall, func(ctx context.Context, db *sql.DB) error { _, err := db.ExecContext(ctx, "SELECT 1"); return err }},
-		{"Exec, $1", 0, stallEnd, func(ctx context.Context, db *sql.DB) error {
-			_, err := db.ExecContext(ctx, "SELECT $1::int", 1)
-			return err
-		}},
-		{"Query", 0, stall, func(ctx context.Context, db *sql.DB) error {
-			return db.QueryRowContext(ctx, "SELECT $1::int", 1).Scan(new(int))
-		}},
-		{"rows", 0, stallEnd, func(ctx context.Context, db *sql.DB) error {
-			return db.QueryRowContext(ctx, "SELECT $1::int", 1).Scan(new(int))
-		}},
-		{"Ping", 0, stall, func(ctx context.Context, db *sql.DB) error { return db.PingContext(ctx) }},
-		{"Begin", 0, stall, func(ctx context.Context, db *sql.DB) error { _, err := db.BeginTx(ctx, nil); return err }},
-		{"Commit", 1, stall, func(ctx context.Context, db *sql.DB) error {
-			tx, err := db.BeginTx(ctx, nil)
-			if err != nil {
-				return err
-			}
-			return tx.Commit()
-		}},
-		{"look at a new connection", -1, stall, func(ctx context.Context, db *sql.DB) error { return db.PingContext(ctx) }},
-	} {
-		for _, mode := range []prepareMode{prepareNever, prepareAlways} {
-			if test.skip < 0 && mode == prepareNever {
-				continue
-			}
-			t.Run(fmt.Sprint(test.name, mode), func(t *testing.T) {
-				t.Parallel()
-				p := newProxy(t, newDatabase(t))
-				db, err := openDB(p.url, mode)
-				if err != nil {
-					t.Fatal(err)
+	for n, name := range []string{"Exec", "Query", "Ping", "Begin", "Commit", "Connect", "connect_timeout"} {
+		for _, f := range []fault{stall, stallEnd} {
+			for _, mode := range []prepareMode{prepareAuto, prepareAlways, prepareNever} {
+				if n >= 5 && (f == stallEnd || mode == prepareNever) {
+					continue // does not look
 				}
-				defer db.Close()
-				db.SetMaxOpenConns(1)
-				if test.skip >= 0 {
-					if err := db.Ping(); err != nil {
+				t.Run(fmt.Sprintf("%s,%v,%d", name, f, mode), func(t *testing.T) {
+					t.Parallel()
+					p := newProxy(t, newDatabase(t))
+					db, err := openDB(p.url+strings.Repeat(" connect_timeout=1", n/6), mode)
+					if err != nil {
 						t.Fatal(err)
 					}
-				}
-				var seen atomic.Int64
-				p.do(func(executes bool) fault {
-					if executes == (test.skip >= 0) && seen.Add(1) > test.skip {
-						return test.fault
+					defer db.Close()
+					db.SetMaxOpenConns(1)
+					ctx, cancel := context.WithCancel(t.Context())
+					defer cancel()
+					if n < 5 {
+						if err := db.Ping(); err != nil {
+							t.Fatal(err)
+						}
 					}
-					return pass
+					tx := new(sql.Tx)
+					if name == "Commit" {
+						if tx, err = db.BeginTx(ctx, nil); err != nil {
+							t.Fatal(err)
+						}
+					}
+					p.do(func(executes bool) fault {
+						if executes == (n < 5) {
+							return f
+						}
+						return pass
+					})
+					ended := make(chan error, 1)
+					go func() {
+						var err error
+						switch name {
+						case "Exec":
+							_, err = db.ExecContext(ctx, "SELECT 1")
+						case "Query":
+							err = db.QueryRowContext(ctx, "SELECT $1::int", 1).Scan(new(int))
+						case "Begin":
+							_, err = db.BeginTx(ctx, nil)
+						case "Commit":
+							err = tx.Commit()
+						default:
+							err = db.PingContext(ctx)
+						}
+						ended <- err
+					}()
+					waitFor(t, "the server to be silent", func() bool { return p.counts[f].Load() > 0 })
+					if name != "connect_timeout" {
+						cancel()
+					}
+					waitFor(t, "the call to end", func() bool { return len(ended) == 1 && db.Stats().InUse == 0 })
+					if err := <-ended; err == nil && f == stall {
+						t.Error("no error")
+					}
+					p.do(func(bool) fault { return pass })
+					if err := db.PingContext(t.Context()); err != nil {
+						t.Errorf("afterwards: %v", err)
+					}
 				})
-				ctx, cancel := context.WithCancel(t.Context())
-				defer cancel()
-				ended := make(chan error, 1)
-				go func() { ended <- test.call(ctx, db) }()
-				waitFor(t, "the server to be silent", func() bool { return p.counts[test.fault].Load() > 0 })
-				cancel()
-				waitFor(t, "the call to end", func() bool { return len(ended) == 1 && db.Stats().InUse == 0 })
-				if err := <-ended; err == nil && test.fault == stall {
-					t.Error("no error")
-				}
-				p.do(func(bool) fault { return pass })
-				if err := db.PingContext(t.Context()); err != nil {
-					t.Errorf("afterwards: %v", err)
-				}
-			})
-		}
-	}
-}
-
-// Connecting ends with its context, or by connect_timeout, also while the server
-// has yet to say whether the connection is direct.
-func TestSilentConnect(t *testing.T) {
-	t.Parallel()
-	silent := listen(t, "127.0.0.1:0")
-	defer silent.Close()
-	p := newProxy(t, newDatabase(t))
-	p.do(func(bool) fault { return stall })
-	for _, url := range []string{p.url, onTCP(p.url, silent.Addr())} {
-		for _, timeout := range []string{"", " connect_timeout=1"} {
-			db := open(t, url+timeout)
-			defer db.Close()
-			ctx, cancel := context.WithCancel(t.Context())
-			defer cancel()
-			ended := make(chan error, 1)
-			go func() { ended <- db.PingContext(ctx) }()
-			if timeout == "" {
-				waitFor(t, "the connection", func() bool { return db.Stats().InUse == 1 || db.Stats().OpenConnections == 1 })
-				cancel()
-			}
-			waitFor(t, "connecting to end", func() bool { return len(ended) == 1 })
-			if err := <-ended; err == nil || timeout != "" && !transient(err) {
-				t.Error(err)
 			}
 		}
 	}
@@ -1037,14 +968,20 @@ func TestReadOnly(t *testing.T) {
 	second0 := fmt.Sprintf("127.0.0.1:%d", secondPort)
 	address.target.Store(&second0)
 	waitFor(t, "the first server to be read-only", func() bool { return sqlState(write()) == "25006" })
-	for range 20 {
-		if err := write(); err != nil {
-			t.Errorf("after the address has moved: %v", err)
-		}
+	var conns sync.WaitGroup
+	for range 10 {
+		conns.Go(func() {
+			conn, err := db.Conn(t.Context())
+			if err == nil {
+				_, err = conn.ExecContext(t.Context(), "INSERT INTO a SELECT 1 FROM pg_sleep(1)") // meanwhile the others take other connections
+				conn.Close()
+			}
+			if err != nil {
+				t.Errorf("after the address has moved: %v", err)
+			}
+		})
 	}
-	if stats := db.Stats(); stats.OpenConnections > 2 {
-		t.Errorf("old connections are kept: %+v", stats)
-	}
+	conns.Wait()
 	for range 2 {
 		execSQL(t, second.URL, "ALTER DATABASE postgres SET default_transaction_read_only = on")
 		execSQL(t, second.URL, "SELECT pg_terminate_backend(pid, 30000) FROM pg_stat_activity WHERE datname = 'postgres' AND pid <> pg_backend_pid()")
