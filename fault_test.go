@@ -682,7 +682,7 @@ func newServer(t testing.TB, opts ...string) *localDB {
 // pgCtl runs PostgreSQL's program pg_ctl on a server, and waits for what it does.
 func pgCtl(t testing.TB, server *localDB, args ...string) {
 	t.Helper()
-	if err := server.run(server.bin+"/pg_ctl", append(args, "-w", "-D", "data", "-l", "server.log")...); err != nil {
+	if err := server.run(t.Context(), server.bin+"/pg_ctl", append(args, "-w", "-D", "data", "-l", "server.log")...); err != nil {
 		t.Fatal(err)
 	}
 }
@@ -974,11 +974,11 @@ func newStandby(t testing.TB, primary *localDB, dir string) *localDB {
 		t.Fatal(err)
 	}
 	standby := &localDB{dir: dir, bin: filepath.Dir(pgCtlPath), URL: strings.Replace(primary.URL, cfg.Host, dir, 1)}
-	if err := standby.run(standby.bin+"/pg_basebackup", "-R", "-c", "fast", "--no-sync", "-D", "data", "-d", primary.URL); err != nil {
+	if err := standby.run(t.Context(), standby.bin+"/pg_basebackup", "-R", "-c", "fast", "--no-sync", "-D", "data", "-d", primary.URL); err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() {
-		standby.run(standby.bin+"/pg_ctl", "stop", "-m", "immediate", "-D", "data")
+		standby.run(context.WithoutCancel(t.Context()), standby.bin+"/pg_ctl", "stop", "-m", "immediate", "-D", "data")
 	})
 	pgCtl(t, standby, "start", "-o", fmt.Sprintf("-c listen_addresses= -c port=%d -c unix_socket_directories=%s -c fsync=off", cfg.Port, dir))
 	execSQL(t, primary.URL, "ALTER SYSTEM SET synchronous_standby_names = '*'")

@@ -52,8 +52,7 @@ type localDB struct {
 // white space, such as "fsync=off"; a running server keeps its own.
 //
 // If another process uses the server, the error names it. After an error nothing
-// is left half done. When ctx ends, startLocalDB stops at the next safe point and
-// returns an error that wraps ctx.Err().
+// is left half done. If ctx ends first, the error wraps ctx.Err().
 func startLocalDB(ctx context.Context, dir, bin string, opts ...string) (*localDB, error) {
 	if runtime.GOOS == "windows" {
 		return nil, errors.New("a private PostgreSQL needs a Unix system: set DATABASE_URL")
@@ -63,9 +62,9 @@ func startLocalDB(ctx context.Context, dir, bin string, opts ...string) (*localD
 		return nil, err
 	}
 	db := &localDB{dir: dir, bin: bin, opts: opts}
-	for _, step := range []func() error{db.findPrograms, db.makeDir, db.makeCluster, func() error { return db.open(ctx) }} {
-		if err := step(); err != nil {
-			return nil, fmt.Errorf("private PostgreSQL in %s: %w", dir, err)
+	for _, step := range []func(context.Context) error{db.findPrograms, db.makeDir, db.makeCluster, db.open} {
+		if err := step(ctx); err != nil {
+			return nil, fmt.Errorf("private PostgreSQL in %s: %w", dir, errors.Join(ctx.Err(), err))
 		}
 	}
 	// Killed starts leave these. A concurrent start that still has one has lost.
@@ -84,7 +83,7 @@ func (db *localDB) Stop() (err error) {
 	// another process may have started it. It may also start one as soon as this
 	// one is gone, and pg_ctl -w would then wait for that one to stop.
 	if running() {
-		err = db.run(db.bin+"/pg_ctl", "stop", "-W", "-m", "fast", "-D", "data")
+		err = db.run(context.Background(), db.bin+"/pg_ctl", "stop", "-W", "-m", "fast", "-D", "data")
 	}
 	// postmaster.pid could name any directory, such as /tmp itself.
 	if ok, _ := filepath.Match(localSockets+"*", db.sockets); ok {
@@ -102,7 +101,7 @@ func (db *localDB) Stop() (err error) {
 
 // findPrograms checks that the programs in db.bin fit the cluster. If db.bin is
 // empty, it searches PATH and the usual places, the newest version there first.
-func (db *localDB) findPrograms() error {
+func (db *localDB) findPrograms(ctx context.Context) error {
 	dirs := []string{db.bin}
 	if db.bin == "" {
 		dirs = filepath.SplitList(os.Getenv("PATH"))
@@ -116,7 +115,7 @@ func (db *localDB) findPrograms() error {
 	for _, dir := range dirs {
 		dir, _ = filepath.Abs(dir) // run runs programs in db.dir
 		var major int
-		out, _ := exec.Command(filepath.Join(dir, "postgres"), "--version").Output()
+		out, _ := exec.CommandContext(ctx, filepath.Join(dir, "postgres"), "--version").Output()
 		fmt.Sscanf(string(out), "postgres (PostgreSQL) %d", &major)
 		if major >= 14 && (want == "" || want == fmt.Sprint(major)) {
 			db.bin = dir
@@ -136,13 +135,13 @@ func (db *localDB) findPrograms() error {
 }
 
 // makeDir creates the directory and checks that the programs can write there.
-func (db *localDB) makeDir() error {
+func (db *localDB) makeDir(ctx context.Context) error {
 	err := os.MkdirAll(db.dir, 0o700)
 	if os.Geteuid() == 0 && db.version() == "" {
 		exec.Command("chown", "-h", localAccount, db.dir).Run() // touch reports a failure
 	}
 	if err == nil {
-		err = db.run("touch", filepath.Join(db.dir, "server.log"))
+		err = db.run(ctx, "touch", filepath.Join(db.dir, "server.log"))
 	}
 	if err != nil {
 		return fmt.Errorf("the user who runs PostgreSQL (%s for root, whom PostgreSQL refuses) must be able to reach it and write to it: "+
@@ -154,7 +153,7 @@ func (db *localDB) makeDir() error {
 // makeCluster creates the database cluster unless there is one. It creates it
 // under another name and renames it: data is complete or missing, and the first
 // of several starts wins.
-func (db *localDB) makeCluster() error {
+func (db *localDB) makeCluster(ctx context.Context) error {
 	if db.version() != "" {
 		return nil
 	}
@@ -165,7 +164,7 @@ func (db *localDB) makeCluster() error {
 	if slices.Contains(db.opts, "fsync=off") {
 		args = append(args, "--no-sync")
 	}
-	err := db.run(db.bin+"/initdb", args...)
+	err := db.run(ctx, db.bin+"/initdb", args...)
 	if err == nil {
 		err = os.Rename(name, filepath.Join(db.dir, "data"))
 	}
@@ -195,8 +194,7 @@ func (db *localDB) open(ctx context.Context) (err error) {
 	defer cancel()
 	for strikes := 0; strikes < 10; time.Sleep(20 * time.Millisecond) {
 		holder, claimErr := db.claim(claimCtx)
-		server := db.postmaster()
-		switch {
+		switch server := db.postmaster(); {
 		case holder != "":
 			// A holder that was just killed loses the lock in a moment.
 			err = fmt.Errorf("%s is using it: stop that, start in another directory, or set DATABASE_URL", holder)
@@ -208,7 +206,7 @@ func (db *localDB) open(ctx context.Context) (err error) {
 		case ctx.Err() == nil:
 			// This fails while another server runs. That may be gone by now, but
 			// not time after time.
-			if err = db.start(sockets); err != nil && db.postmaster() == (postmaster{}) {
+			if err = db.start(claimCtx, sockets); err != nil && db.postmaster() == (postmaster{}) {
 				strikes += 4
 			}
 		case server.pid == "" || server.sockets != "" && server.sockets != sockets:
@@ -219,14 +217,14 @@ func (db *localDB) open(ctx context.Context) (err error) {
 }
 
 // start runs the server and waits until it is ready or has failed.
-func (db *localDB) start(sockets string) error {
-	if err := db.run("mkdir", "-p", "-m", "700", sockets); err != nil {
+func (db *localDB) start(ctx context.Context, sockets string) error {
+	if err := db.run(ctx, "mkdir", "-p", "-m", "700", sockets); err != nil {
 		return err
 	}
 	log := filepath.Join(db.dir, "server.log")
 	before, _ := os.ReadFile(log)
 	opts := append([]string{"", "listen_addresses=", "port=5432", "unix_socket_directories=" + sockets, "unix_socket_permissions=0700"}, db.opts...)
-	if err := db.run(db.bin+"/pg_ctl", "start", "-w", "-D", "data", "-l", log, "-o", strings.Join(opts, " -c ")); err != nil {
+	if err := db.run(ctx, db.bin+"/pg_ctl", "start", "-w", "-D", "data", "-l", log, "-o", strings.Join(opts, " -c ")); err != nil {
 		after, _ := os.ReadFile(log)
 		return fmt.Errorf("starting it: %w\n%s", err, strings.TrimPrefix(string(after), string(before)))
 	}
@@ -275,18 +273,19 @@ func (db *localDB) postmaster() postmaster {
 	return postmaster{pid: lines[0], port: lines[3], sockets: lines[4], state: strings.TrimSpace(lines[7])}
 }
 
-// run runs a program in db.dir, as localAccount if this process is root. Nothing
-// interrupts it, so that it leaves nothing half done.
-func (db *localDB) run(name string, args ...string) error {
+// run runs a program in db.dir, as localAccount if this process is root. When ctx
+// ends, run interrupts the program, which then cleans up.
+func (db *localDB) run(ctx context.Context, name string, args ...string) error {
 	argv := append([]string{name}, args...)
 	if os.Geteuid() == 0 {
-		// On Ctrl-C su sends SIGTERM and, two seconds later, SIGKILL. In these two
-		// seconds pg_ctl finishes.
+		// When su is interrupted, it sends SIGTERM and, two seconds later, SIGKILL.
+		// pg_ctl finishes in these two seconds.
 		argv = append([]string{"su", "-s", "/bin/sh", "-c", `trap "" TERM; exec "$@"`, "--", localAccount, "sh"}, argv...)
 	}
-	cmd := exec.Command(argv[0], argv[1:]...)
+	cmd := exec.CommandContext(ctx, argv[0], argv[1:]...)
 	cmd.Dir = db.dir
 	cmd.Env = append(os.Environ(), "LC_ALL=C")
+	cmd.Cancel = func() error { return cmd.Process.Signal(os.Interrupt) }
 	_, err := cmd.Output()
 	if exit, ok := errors.AsType[*exec.ExitError](err); ok {
 		return fmt.Errorf("%s: %w: %s", filepath.Base(name), err, strings.TrimSpace(string(exit.Stderr)))

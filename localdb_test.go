@@ -229,7 +229,7 @@ func TestLocalDBInterrupted(t *testing.T) {
 		when string   // this file is there
 		left []string // in the directory
 	}{
-		{"making the cluster", "initdb-*/PG_VERSION", []string{"data", "server.log"}},
+		{"making the cluster", "initdb-*/PG_VERSION", []string{"server.log"}},
 		{"starting the server", "data/postmaster.pid", []string{"data", "server.log"}},
 	}
 	for _, test := range tests {
