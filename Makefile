@@ -70,8 +70,8 @@ need = $(1) || { \
 	apt-get) set -- $(2); $$sudo sh -exc "$$apt" sh "$$@";; \
 	dnf)     set -- $(3); $$sudo dnf install -y "$$@";; \
 	apk)     set -- $(4); $$sudo apk add "$$@";; \
-	*)       set -- $(2); false;; \
-	esac || { echo "Install by hand: $$*"; exit 1; }; }
+	*)       false;; \
+	esac || { echo "Could not install it. Install by hand what Debian calls: $(2)"; exit 1; }; }
 
 # Debian would also create a cluster, and start it and PgBouncer, now and at every boot.
 define apt

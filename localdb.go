@@ -144,7 +144,7 @@ func (db *localDB) makeDir(ctx context.Context) error {
 		err = db.run(ctx, "touch", filepath.Join(db.dir, "server.log"))
 	}
 	if err != nil {
-		return fmt.Errorf("the user who runs PostgreSQL (%s for root, whom PostgreSQL refuses) must be able to reach it and write to it: "+
+		return fmt.Errorf("PostgreSQL, which runs as the user %s if this is root, must be able to reach it and write to it: "+
 			"%w (start in another directory or as another user, or set DATABASE_URL)", localAccount, err)
 	}
 	return nil
@@ -159,7 +159,7 @@ func (db *localDB) makeCluster(ctx context.Context) error {
 	}
 	name := filepath.Join(db.dir, "initdb-"+rand.Text())
 	defer os.RemoveAll(name)
-	// Whoever can reach the socket is trusted. Text sorts by code point.
+	// A client that can reach the socket is trusted. Text sorts by code point.
 	args := []string{"-D", name, "-U", "postgres", "-A", "trust", "-E", "UTF8", "--no-locale"}
 	if slices.Contains(db.opts, "fsync=off") {
 		args = append(args, "--no-sync")
@@ -192,6 +192,7 @@ func (db *localDB) open(ctx context.Context) (err error) {
 	// If ctx ends while the server is starting, open still claims it, to stop it.
 	claimCtx, cancel := context.WithTimeout(context.WithoutCancel(ctx), localTimeout)
 	defer cancel()
+	// Ten refusals or three failures are enough.
 	for strikes := 0; strikes < 10; time.Sleep(20 * time.Millisecond) {
 		holder, claimErr := db.claim(claimCtx)
 		switch server := db.postmaster(); {
@@ -204,8 +205,7 @@ func (db *localDB) open(ctx context.Context) (err error) {
 		case claimErr == nil || claimCtx.Err() != nil:
 			return claimErr
 		case ctx.Err() == nil:
-			// This fails while another server runs. That may be gone by now, but
-			// not time after time.
+			// This fails while another server runs, which may be gone by now.
 			if err = db.start(claimCtx, sockets); err != nil && db.postmaster() == (postmaster{}) {
 				strikes += 4
 			}

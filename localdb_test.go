@@ -197,7 +197,7 @@ func TestLocalDBRefusals(t *testing.T) {
 			if err := os.Chmod(filepath.Dir(dir), mode); err != nil {
 				t.Fatal(err)
 			}
-		}, "", []string{"postgres for root", "must be able to reach it and write to it", "permission denied", "start in another directory", "DATABASE_URL"}},
+		}, "", []string{"runs as the user postgres", "must be able to reach it and write to it", "permission denied", "start in another directory", "DATABASE_URL"}},
 	}
 	for _, test := range tests {
 		t.Run(test.name, func(t *testing.T) {
