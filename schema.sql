@@ -1,11 +1,20 @@
 -- The schema of the task service: the table, its constraints, its indexes.
 -- Every start applies it, and psql -f schema.sql does the same by hand. It is
--- idempotent, and one statement, so PostgreSQL applies all of it or nothing.
+-- idempotent, and its changes are one statement: all are applied, or none.
 --
 -- If the schema is complete, nothing is written and no lock is taken on the
 -- table: no privilege to create, no writable server is needed, and requests of
 -- other instances go on. If the service could not work with what is there, an
 -- error says what is wrong and what to do.
+DO $$
+BEGIN
+    IF current_setting('server_encoding') <> 'UTF8' THEN
+        RAISE EXCEPTION 'the encoding of the database is %, not UTF8: create one with ENCODING ''UTF8'' TEMPLATE template0',
+            current_setting('server_encoding') USING ERRCODE = 'feature_not_supported';
+    END IF;
+END
+$$;
+
 DO $schema$
 DECLARE
     -- What the service needs, in the words of format_type and pg_get_indexdef.

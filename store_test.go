@@ -12,6 +12,7 @@ import (
 	"fmt"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"strings"
 	"sync"
 	"testing"
@@ -266,6 +267,18 @@ func TestMigrateSearchPath(t *testing.T) {
 	}
 }
 
+func TestMigrateEncoding(t *testing.T) {
+	t.Parallel()
+	dbURL := newDatabase(t)
+	name := "ascii_of_" + regexp.MustCompile("dbname=([^ ]*)").FindStringSubmatch(dbURL)[1]
+	execSQL(t, dbURL, "CREATE DATABASE "+name+" ENCODING 'SQL_ASCII' TEMPLATE template0")
+	t.Cleanup(func() { execSQL(t, testServer.URL, "DROP DATABASE "+name+" WITH (FORCE)") })
+	_, err := applySchema(t, strings.Replace(dbURL, "dbname=", "dbname="+name+" application_name=", 1))
+	if err == nil || !strings.Contains(err.Error(), "encoding of the database is SQL_ASCII, not UTF8") {
+		t.Error(err)
+	}
+}
+
 // psql makes the same schema.
 func TestSchemaByHand(t *testing.T) {
 	t.Parallel()
@@ -275,7 +288,7 @@ func TestSchemaByHand(t *testing.T) {
 		t.Fatal(err)
 	}
 	psql := exec.Command(filepath.Dir(pgCtlPath)+"/psql", "-X", "-v", "ON_ERROR_STOP=1", "-d", dbURL, "-f", "schema.sql")
-	if out, err := psql.CombinedOutput(); err != nil || string(out) != "DO\n" {
+	if out, err := psql.CombinedOutput(); err != nil || string(out) != "DO\nDO\n" {
 		t.Fatalf("%v\n%s", err, out)
 	}
 	execSQL(t, dbURL, forbidDDL)
