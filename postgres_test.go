@@ -221,6 +221,7 @@ func TestParseURLErrors(t *testing.T) {
 		{"name for a port", "postgres://alice:s3cret@localhost:port/a", "", syntax},
 		{"ports without commas", "postgres://alice:s3cret@a:1b:2/a", "", syntax},
 		{"fragment", "postgres://alice:s3cret@localhost/a#b", "", syntax},
+		{"fragment after a query", "postgres://alice:s3cret@localhost/a?sslmode=require#b", "", syntax},
 		{"percent in a query", "postgres://alice:s3cret@localhost/a?sslmode=verify-full%", "", syntax},
 		{"semicolon in a query", "postgres://alice:s3cret@localhost/a?a=b;sslmode=verify-full", "", syntax},
 		{"query without a value", "postgres://alice:s3cret@localhost/a?sslmode", "", syntax},
