@@ -1,8 +1,8 @@
 package main
 
-// connstring.go reads connection strings as libpq does, which lib/pq does not do
-// in every respect: what it does not understand it must not drop, for that could
-// be sslmode, nor show, for that could be of the password.
+// connstring.go reads connection strings as libpq does. lib/pq drops parts of a URL
+// that it does not understand, sslmode among them, and shows parts of passwords in
+// errors.
 
 import (
 	"cmp"
@@ -34,7 +34,7 @@ func parseURL(connString string) (cfg pq.Config, err error) {
 	cfg, err = pq.NewConfig(keywords)
 	switch {
 	case err != nil && (errors.Is(err, pq.ErrCouldNotDetectUsername) || !strings.HasPrefix(err.Error(), "pq: ")):
-		return cfg, fmt.Errorf("no user given, and the process has none with a name (%w)", err)
+		return cfg, fmt.Errorf("no user given, and the current user has no name (%w)", err)
 	case err != nil:
 		return cfg, err
 	case isSocket(cfg.Host) && !allLocal(cfg): // for which lib/pq gives up TLS
@@ -85,12 +85,12 @@ func parseSettings(s string) (map[string]string, error) {
 			}
 			hosts, ports = append(hosts, h[1]+h[2]), append(ports, h[3])
 		}
-		pairs := append(strings.Split(m[5], "&"), "user="+m[1], "password="+m[2], "host="+strings.Join(hosts, ","), "dbname="+m[4])
+		pairs := []string{"user=" + m[1], "password=" + m[2], "host=" + strings.Join(hosts, ","), "dbname=" + m[4]}
 		if strings.Join(ports, "") != "" {
 			ports[0] = cmp.Or(ports[0], "5432") // lib/pq has this default for the others
 			pairs = append(pairs, "port="+strings.Join(ports, ","))
 		}
-		for _, pair := range pairs {
+		for _, pair := range append(pairs, strings.Split(m[5], "&")...) {
 			name, value, _ := strings.Cut(pair, "=")
 			value, err := url.PathUnescape(value)
 			if err != nil || strings.Contains(value, "\x00") {
@@ -126,7 +126,7 @@ func addService(set map[string]string) error {
 	text, err := os.ReadFile(file)
 	section := regexp.MustCompile(`(?ms)^\s*\[\s*` + regexp.QuoteMeta(service) + `\s*\](.*?)(?:^\s*\[|\z)`).FindSubmatch(text)
 	if section == nil {
-		return fmt.Errorf("service %q is not in %s (%v)", service, file, err)
+		return fmt.Errorf("service %q not found: %w", service, cmp.Or(err, errors.New("not in "+file)))
 	}
 	for _, m := range lineForm.FindAllStringSubmatch(string(section[1]), -1) {
 		if _, given := set[m[1]]; !given && !(m[1] == "hostaddr" && host != "") {
