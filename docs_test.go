@@ -363,7 +363,7 @@ func TestBrowserTasks(t *testing.T) {
 		t.Errorf("listed completed %+v", got)
 	}
 	b.choose("listTasks", "completed", "")
-	b.fill("listTasks", "Path and query", b.base+"/api/tasks?limit=5")
+	b.fill("listTasks", "Path and query", b.base+"/api/tasks?limit=5"+keyTab)
 	if got := b.value("listTasks", "limit"); got != "5" {
 		t.Errorf("limit is %q after the address was edited", got)
 	}
