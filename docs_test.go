@@ -499,7 +499,7 @@ func TestBrowserText(t *testing.T) {
 		t.Fatal(err)
 	}
 	b.toggle("common")
-	b.fill("common", "Headers for every request, one per line", "Authorization: Bearer it's\nCookie: a=b\nX-None:")
+	b.fill("common", "One header per line", "Authorization: Bearer it's\nCookie: a=b\nX-None:")
 	b.fill("createTask", "Body", string(body))
 	b.fill("createTask", "Path and query", "/api/tasks?user_id=[it's]")
 	command := b.command("createTask")
@@ -530,13 +530,13 @@ func TestBrowserText(t *testing.T) {
 	b.find(within("createTask", "//button[contains(., 'press Ctrl+C')]"))
 	for _, address := range []string{"https://elsewhere.example/", "/api/tasks"} {
 		b.fill("createTask", "Path and query", address)
-		b.fill("common", "Headers for every request, one per line", "no colon")
+		b.fill("common", "One header per line", "no colon")
 		b.press("createTask", "Send")
 		b.status("createTask", "cannot be sent")
 		if got := b.command("createTask"); got != "" {
 			t.Errorf("command of what cannot be sent: %s", got)
 		}
-		b.fill("common", "Headers for every request, one per line", "X-Common: 1")
+		b.fill("common", "One header per line", "X-Common: 1")
 	}
 
 	b.toggle("listTasks")
