@@ -219,7 +219,7 @@ func (f *Filter) set(name, value string) (violation string) {
 	case "after":
 		var ok bool
 		if f.After, ok = parseID(value); !ok {
-			return "must be the id of a task"
+			return "must be an id"
 		}
 	}
 	return ""

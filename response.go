@@ -195,7 +195,7 @@ func problemOf(err error) *problem {
 	case errors.Is(err, ErrNotFound):
 		return refuse(http.StatusNotFound, "Not found.")
 	case errors.Is(err, ErrPrecondition):
-		return refuse(http.StatusPreconditionFailed, "The task has another version than the request requires.")
+		return refuse(http.StatusPreconditionFailed, "The resource has another version than the request requires.")
 	case errors.Is(err, ErrUnavailable):
 		return refuse(http.StatusServiceUnavailable, "The database did not respond. If the request was a change, it may have been made, or may still be, once.")
 	}

@@ -78,37 +78,8 @@ func (s *Store) Create(ctx context.Context, d TaskDraft, key string) (t Task, re
 }
 
 // List returns a page of tasks and reports whether more follow.
-//
-// Each page is one range of the index whose columns are those of the filter, and
-// id. The conditions leave PostgreSQL no other choice. With =, the planner
-// assumes that matching tasks are spread evenly, and might walk another index
-// past millions of others; = ANY means the same, but then only one index has the
-// requested order. That works for the first column of an index. The second one
-// needs a row comparison. The planner looks at its first value only, and assumes
-// that the range is short where few tasks follow those of this user; it would
-// read and sort all of it. It does not look into a subquery.
 func (s *Store) List(ctx context.Context, f Filter) (page []Task, more bool, err error) {
-	beyond, until, order, start := ">", "<=", "", "00000000-0000-0000-0000-000000000000"
-	if f.Descending {
-		beyond, until, order, start = "<", ">=", " DESC", "ffffffff-ffff-ffff-ffff-ffffffffffff"
-	}
-	var q statement
-	after := q.bind(cmp.Or(f.After, start))
-	where, by := "id "+beyond+" "+after, "id"+order
-	switch {
-	case f.Owner != nil && f.Completed != nil:
-		owner := q.bind(*f.Owner)
-		where = "user_id " + until + " " + owner + " AND (user_id, id) " + beyond + " ((SELECT " + owner + "::text), " + after + ")"
-		by = "user_id" + order + ", " + by
-	case f.Owner != nil:
-		where = "user_id = ANY (ARRAY[" + q.bind(*f.Owner) + "]) AND " + where
-		by = "user_id" + order + ", " + by
-	}
-	if f.Completed != nil {
-		where = "completed = ANY (ARRAY[" + strconv.FormatBool(*f.Completed) + "]) AND " + where
-		by = "completed" + order + ", " + by
-	}
-	return s.tasks.page(ctx, f.Limit, &q, " WHERE "+where+" ORDER BY "+by)
+	return s.tasks.list(ctx, f)
 }
 
 // Get returns a task, whatever its version.
@@ -313,11 +284,40 @@ func (t *table[T]) records(rows ...T) string {
 	return "[" + string(b[:len(b)-1]) + "]"
 }
 
-// page runs a query and returns its first rows.
-func (t *table[T]) page(ctx context.Context, limit int, q *statement, text string) (rows []T, more bool, err error) {
-	rows, err = t.rows(ctx, false, t.selects+text+" LIMIT "+q.bind(limit+1), q.args...)
-	if len(rows) > limit {
-		return rows[:limit], true, err
+// list returns a page of rows and reports whether more follow.
+//
+// Each page is one range of the index whose columns are those of the filter, and
+// id. The conditions leave PostgreSQL no other choice. With =, the planner
+// assumes that matching rows are spread evenly, and might walk another index
+// past millions of others; = ANY means the same, but then only one index has the
+// requested order. That works for the first column of an index. The second one
+// needs a row comparison. The planner looks at its first value only, and assumes
+// that the range is short where few rows follow those of this user; it would
+// read and sort all of it. It does not look into a subquery.
+func (t *table[T]) list(ctx context.Context, f Filter) (rows []T, more bool, err error) {
+	beyond, until, order, start := ">", "<=", "", "00000000-0000-0000-0000-000000000000"
+	if f.Descending {
+		beyond, until, order, start = "<", ">=", " DESC", "ffffffff-ffff-ffff-ffff-ffffffffffff"
+	}
+	var q statement
+	after := q.bind(cmp.Or(f.After, start))
+	where, by := "id "+beyond+" "+after, "id"+order
+	switch {
+	case f.Owner != nil && f.Completed != nil:
+		owner := q.bind(*f.Owner)
+		where = "user_id " + until + " " + owner + " AND (user_id, id) " + beyond + " ((SELECT " + owner + "::text), " + after + ")"
+		by = "user_id" + order + ", " + by
+	case f.Owner != nil:
+		where = "user_id = ANY (ARRAY[" + q.bind(*f.Owner) + "]) AND " + where
+		by = "user_id" + order + ", " + by
+	}
+	if f.Completed != nil {
+		where = "completed = ANY (ARRAY[" + strconv.FormatBool(*f.Completed) + "]) AND " + where
+		by = "completed" + order + ", " + by
+	}
+	rows, err = t.rows(ctx, false, t.selects+" WHERE "+where+" ORDER BY "+by+" LIMIT "+q.bind(f.Limit+1), q.args...)
+	if len(rows) > f.Limit {
+		return rows[:f.Limit], true, err
 	}
 	return rows, false, err
 }

@@ -30,8 +30,8 @@ const (
 
 // Errors of a [Store], besides [InvalidError].
 var (
-	ErrNotFound     = errors.New("no such task")
-	ErrPrecondition = errors.New("the task's version does not meet the condition")
+	ErrNotFound     = errors.New("not found")
+	ErrPrecondition = errors.New("the version does not meet the condition")
 	ErrKeyReused    = errors.New("the idempotency key was used with other content")
 	ErrUnknownUser  = errors.New("the database does not know the user")
 	ErrUnavailable  = errors.New("the database is unavailable")
