@@ -199,10 +199,7 @@ func configure(getenv func(string) string, stdout io.Writer) (cfg config, err er
 	opts := &slog.HandlerOptions{Level: cfg.logLevel}
 	cfg.options.Logger, cfg.hints = slog.New(slog.NewTextHandler(stdout, opts)), stdout
 	if cfg.logFormat == "json" {
-		cfg.options.Logger = slog.New(slog.NewJSONHandler(stdout, opts))
-	}
-	if cfg.logFormat == "json" || cfg.logLevel > slog.LevelInfo {
-		cfg.hints = io.Discard
+		cfg.options.Logger, cfg.hints = slog.New(slog.NewJSONHandler(stdout, opts)), io.Discard
 	}
 	return cfg, nil
 }
