@@ -116,11 +116,11 @@ func (s *Server) Shutdown(ctx context.Context) error {
 		s.closeListeners()
 	}
 	for c := range s.unusedConns.Range { // net/http would wait 5 s for them
-		c.(net.Conn).Close()
+		_ = c.(net.Conn).Close()
 	}
 	err := s.Server.Shutdown(ctx)
 	if err != nil {
-		s.Close()
+		_ = s.Close()
 	}
 	return err
 }
@@ -148,7 +148,7 @@ func (s *Server) closeListeners() {
 	s.mu.Lock()
 	pause() // until all clients wait
 	for _, l := range s.listeners {
-		l.Close()
+		_ = l.Close()
 	}
 	s.mu.Unlock()
 	pause() // for the first request on connections that have just been accepted
