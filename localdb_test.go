@@ -179,7 +179,7 @@ func TestLocalDBRefusals(t *testing.T) {
 		want  []string
 	}{
 		{"no programs", func(*testing.T, string) {}, t.TempDir(), []string{
-			"apt-get install postgresql", "dnf install", "brew install", "make run", "PG_BIN", "DATABASE_URL",
+			"apt-get install postgresql", "dnf install", "brew install", "PG_BIN", "DATABASE_URL",
 		}},
 		{"data of another version", func(t *testing.T, dir string) {
 			if err := os.MkdirAll(filepath.Join(dir, "data"), 0o700); err != nil {
@@ -188,7 +188,7 @@ func TestLocalDBRefusals(t *testing.T) {
 			if err := os.WriteFile(filepath.Join(dir, "data", "PG_VERSION"), []byte("12\n"), 0o600); err != nil {
 				t.Fatal(err)
 			}
-		}, "", []string{"of version 12", "programs found of 1", "PG_BIN", "pg_upgrade", "move them away"}},
+		}, "", []string{"of version 12", "not found (only those of 1", "PG_BIN", "pg_upgrade", "move it away"}},
 		{"directory out of reach", func(t *testing.T, dir string) {
 			mode := os.FileMode(0o500) // nobody may write in it
 			if os.Geteuid() == 0 {
@@ -197,7 +197,7 @@ func TestLocalDBRefusals(t *testing.T) {
 			if err := os.Chmod(filepath.Dir(dir), mode); err != nil {
 				t.Fatal(err)
 			}
-		}, "", []string{"user", "must be able to reach and write it", "permission denied", "start in another directory", "DATABASE_URL"}},
+		}, "", []string{"runs as the user postgres", "must be able to reach it and write to it", "permission denied", "start in another directory", "DATABASE_URL"}},
 	}
 	for _, test := range tests {
 		t.Run(test.name, func(t *testing.T) {

@@ -14,6 +14,7 @@
 package main
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"flag"
@@ -42,6 +43,7 @@ const (
 )
 
 func main() {
+	signal.Ignore(syscall.SIGPIPE) // a log without a reader does not end the service
 	ctx, cancel := context.WithCancel(context.Background())
 	signals := make(chan os.Signal, 1)
 	signal.Notify(signals, os.Interrupt, syscall.SIGTERM)
@@ -81,7 +83,9 @@ func run(ctx context.Context, args []string, getenv func(string) string, stdout 
 	case flags.NArg() > 0:
 		return usageError{fmt.Errorf("unexpected argument %q; settings are environment variables, see -h", flags.Arg(0))}
 	}
-	cfg, err := configure(getenv, stdout)
+	log, flushed := newLogWriter(stdout)
+	defer log.flush(flushed)
+	cfg, err := configure(getenv, log)
 	if err != nil {
 		return usageError{err}
 	}
@@ -195,7 +199,10 @@ func configure(getenv func(string) string, stdout io.Writer) (cfg config, err er
 	opts := &slog.HandlerOptions{Level: cfg.logLevel}
 	cfg.options.Logger, cfg.hints = slog.New(slog.NewTextHandler(stdout, opts)), stdout
 	if cfg.logFormat == "json" {
-		cfg.options.Logger, cfg.hints = slog.New(slog.NewJSONHandler(stdout, opts)), io.Discard
+		cfg.options.Logger = slog.New(slog.NewJSONHandler(stdout, opts))
+	}
+	if cfg.logFormat == "json" || cfg.logLevel > slog.LevelInfo {
+		cfg.hints = io.Discard
 	}
 	return cfg, nil
 }
@@ -376,5 +383,42 @@ func migrate(ctx context.Context, store *Store, log *slog.Logger) error {
 			return fmt.Errorf("the database was not ready within %v: %w", startTimeout, err)
 		case <-time.After(retryInterval):
 		}
+	}
+}
+
+// logWriter writes lines in the background, so that a reader of the log that
+// does not read holds up neither requests nor a stop. Lines that find 10,000
+// others waiting are lost.
+type logWriter chan []byte
+
+func newLogWriter(w io.Writer) (l logWriter, flushed <-chan struct{}) {
+	l, done := make(logWriter, 10_000), make(chan struct{})
+	go func() {
+		defer close(done)
+		for line := range l {
+			if line == nil {
+				return
+			}
+			w.Write(line) // there is no place to report an error
+		}
+	}()
+	return l, done
+}
+
+// Write takes a line. It does not wait and does not fail.
+func (l logWriter) Write(line []byte) (int, error) {
+	select {
+	case l <- bytes.Clone(line):
+	default:
+	}
+	return len(line), nil
+}
+
+// flush waits until the lines so far are written, for a second at most.
+func (l logWriter) flush(flushed <-chan struct{}) {
+	go func() { l <- nil }()
+	select {
+	case <-flushed:
+	case <-time.After(time.Second):
 	}
 }

@@ -117,7 +117,7 @@ func (s *service) addr() string {
 }
 
 // freshly sends each request on a new connection.
-var freshly = &http.Client{Transport: &http.Transport{DisableKeepAlives: true}}
+var freshly = &http.Client{Transport: &http.Transport{DisableKeepAlives: true}, Timeout: patience}
 
 // get returns the status and the body of an answer.
 func (s *service) get(path string) (int, string) {
@@ -215,6 +215,14 @@ type process struct {
 // in the directory dir, or in one where it cannot do without DATABASE_URL.
 func start(t testing.TB, dir string, env settings, args ...string) *process {
 	t.Helper()
+	p := prepare(t, dir, env, args...)
+	p.begin()
+	return p
+}
+
+// prepare returns a process that has not begun.
+func prepare(t testing.TB, dir string, env settings, args ...string) *process {
+	t.Helper()
 	path, err := program()
 	if err != nil {
 		t.Fatal(err)
@@ -231,15 +239,19 @@ func start(t testing.TB, dir string, env settings, args ...string) *process {
 	for name, value := range env {
 		p.Env = append(p.Env, name+"="+value)
 	}
+	return p
+}
+
+func (p *process) begin() {
+	p.t.Helper()
 	if err := p.Start(); err != nil {
-		t.Fatal(err)
+		p.t.Fatal(err)
 	}
 	go func() {
 		defer close(p.ended)
 		p.err = p.Cmd.Wait()
 	}()
-	t.Cleanup(func() { p.Process.Kill(); <-p.ended })
-	return p
+	p.t.Cleanup(func() { p.Process.Kill(); <-p.ended })
 }
 
 // signal sends a signal.
@@ -411,6 +423,7 @@ func TestExitCodes(t *testing.T) {
 		{"port in use", nil, settings{"DATABASE_URL": newDatabase(t), "ADDR": running.addr()}, 1, `^tasks: .*address already in use \(ADDR or PORT chooses another address\)`},
 		{"healthy", []string{"-healthcheck"}, settings{"ADDR": running.addr()}, 0, `^$`},
 		{"not healthy", []string{"-healthcheck"}, settings{"ADDR": "127.0.0.1:1"}, 1, `^tasks: .*connection refused`},
+		{"not by a proxy", []string{"-healthcheck"}, settings{"ADDR": "192.0.2.1:80", "HTTP_PROXY": running.url()}, 1, `^tasks: Get "http://192.0.2.1:80/`},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			t.Parallel()
@@ -482,7 +495,7 @@ func TestStartWithoutRights(t *testing.T) {
 	execSQL(t, dbURL, "REVOKE CREATE ON SCHEMA public FROM public")
 	env := settings{"DATABASE_URL": strings.Replace(dbURL, "user=postgres", "user="+role, 1)}
 
-	if err := runWith(t, env).wait(); err == nil || !strings.Contains(err.Error(), "permission denied") {
+	if err := runWith(t, env).wait(); err == nil || !strings.Contains(err.Error(), "may not create it") {
 		t.Errorf("without a schema: %v", err)
 	}
 	serving(t, settings{"DATABASE_URL": dbURL}).stop()
@@ -543,6 +556,41 @@ time=T level=INFO msg=stopping
 			if got != test.want {
 				t.Errorf("got\n%swant\n%s", got, test.want)
 			}
+		})
+	}
+}
+
+// A reader of the log that goes, or that stops reading, neither ends the service
+// nor holds up its requests and its stop.
+func TestLogWithoutReader(t *testing.T) {
+	t.Parallel()
+	for _, gone := range []bool{true, false} {
+		t.Run(fmt.Sprintf("gone=%t", gone), func(t *testing.T) {
+			t.Parallel()
+			p := prepare(t, t.TempDir(), settings{"DATABASE_URL": newDatabase(t)})
+			reader, writer, err := os.Pipe()
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer reader.Close()
+			p.Stdout, p.Stderr = writer, writer
+			p.begin()
+			writer.Close()
+			line, err := bufio.NewReader(reader).ReadString('\n')
+			if err != nil {
+				t.Fatal(err)
+			}
+			io.WriteString(p.service.log, line)
+			if gone {
+				reader.Close()
+			}
+			for range 1000 { // lines, more than a pipe holds
+				if status, _ := p.get("/healthz"); status != http.StatusOK {
+					t.Fatalf("status %d", status)
+				}
+			}
+			p.signal(syscall.SIGTERM)
+			p.exit(0)
 		})
 	}
 }

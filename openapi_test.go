@@ -89,7 +89,7 @@ func (s *spec) path(requested string) string {
 	for template := range s.get(s.doc, "paths") {
 		if slices.EqualFunc(strings.Split(template, "/"), segments, func(want, segment string) bool {
 			name, err := url.PathUnescape(segment)
-			return err == nil && (name == want || name != "" && strings.HasPrefix(want, "{"))
+			return err == nil && (name == want || name != "" && name != "/" && strings.HasPrefix(want, "{"))
 		}) {
 			return template
 		}
@@ -382,7 +382,7 @@ func (s *spec) validate(at string, schema map[string]any, value any, closed bool
 				_, known := properties[name]
 				ok = ok && (known || arg == true)
 			}
-		case "description", "default", "readOnly": // say nothing of validity
+		case "description", "default": // say nothing of validity
 		default:
 			violations = append(violations, fmt.Sprintf("%s: the keyword %s is unknown to this validator", at, keyword))
 		}

@@ -1,9 +1,9 @@
 package main
 
-// postgres.go connects to PostgreSQL: it reads the connection string, opens the
-// pool, and adds to lib/pq's connections what a service needs. No statement runs
-// twice, or outlives its context on a silent server, and statements are prepared
-// where that is safe. It knows nothing about tasks.
+// postgres.go connects to PostgreSQL. It adds to lib/pq's connections what a
+// service needs: no statement runs twice, none outlives its context on a silent
+// server, and statements are prepared where that is safe. It knows nothing about
+// tasks.
 
 import (
 	"cmp"
@@ -16,9 +16,6 @@ import (
 	"io/fs"
 	"net"
 	"net/netip"
-	neturl "net/url"
-	"os"
-	"path/filepath"
 	"regexp"
 	"runtime"
 	"slices"
@@ -77,154 +74,12 @@ func openDB(url string, prepare prepareMode) (*sql.DB, error) {
 	return db, nil
 }
 
-// parseURL reads a connection string as OpenDB's documentation says.
-func parseURL(url string) (cfg pq.Config, err error) {
-	set, err := parseSettings(strings.TrimSpace(url))
-	if err == nil {
-		err = addService(set)
-	}
-	if err != nil {
-		return cfg, err
-	}
-	binding := cmp.Or(set["channel_binding"], "prefer")
-	delete(set, "channel_binding")
-	keywords := ""
-	for name, value := range set {
-		keywords += name + "='" + strings.NewReplacer(`\`, `\\`, `'`, `\'`).Replace(value) + "' "
-	}
-	cfg, err = pq.NewConfig(keywords)
-	switch {
-	case err != nil && (errors.Is(err, pq.ErrCouldNotDetectUsername) || !strings.HasPrefix(err.Error(), "pq: ")):
-		return cfg, fmt.Errorf("no user given, and the process has none with a name (%w)", err)
-	case err != nil:
-		return cfg, err
-	case isSocket(cfg.Host) && !allLocal(cfg): // for which lib/pq gives up TLS
-		return cfg, errors.New("a Unix socket must not come before a host that is not of this machine")
-	case binding == "prefer" || binding == "disable":
-	case binding != "require":
-		return cfg, fmt.Errorf("channel_binding is %q; it must be disable, prefer or require", binding)
-	case cfg.SSLMode == pq.SSLModeDisable:
-		return cfg, errors.New("channel_binding=require needs TLS, but sslmode=disable and Unix sockets do without")
-	default:
-		cfg.SSLMode = pq.SSLModeVerifyFull
-		cfg.SSLRootCert = cmp.Or(cfg.SSLRootCert, "system")
-	}
-	cfg.Host = cmp.Or(cfg.Host, "localhost")
-	cfg.BinaryParameters = true // a statement is sent with its parameters, so that no pooler comes between
-	if cfg.SSLMode == "" {
-		cfg.SSLMode = pq.SSLModeRequire
-		if allLocal(cfg) {
-			cfg.SSLMode = pq.SSLModeDisable
-		}
-	}
-	return cfg, nil
-}
-
-// Forms of connection strings, and what is pasted along with them.
-var (
-	pastedForm = regexp.MustCompile("^(?:postgres(?:ql)?(\\+\\w+)://|(psql\\b|export\\b|[A-Z_]*(?:URL|URI|DSN)=|[\"'`]))")
-	urlForm    = regexp.MustCompile(`^postgres(?:ql)?://(?:([^:/?#\s]*)(?::([^/?#\s]*))?@)?([^@/?#\s]*)` + // user, password, hosts
-		`(?:/([^@?#\s]*))?(?:\?([\w.]+=[^@#;&\s]*(?:&[\w.]+=[^@#;&\s]*)*)?)?$`) // database, query
-	hostForm   = regexp.MustCompile(`^(?:\[(.*)\]|([^:]*))(?::(\d{0,5}))?$`)
-	pairForm   = regexp.MustCompile(`(?s)^([\w.]+)\s*=\s*(?:'((?:[^'\\]|\\.)*)'|((?:[^\s'\\]|\\.)(?:[^\s\\]|\\.)*)?)(?:\s+|$)`)
-	escapeForm = regexp.MustCompile(`(?s)\\(.)`)
-	lineForm   = regexp.MustCompile(`(?m)^\s*([\w.]+)\s*=\s*(.*?)\s*$`)
-)
-
-// errSyntax does not show what is wrong: any part could be of the password.
-var errSyntax = errors.New("neither a URL such as postgres://user:password@host:port/database?name=value, with special characters " +
-	"percent-encoded (@ is %40, # %23, / %2F, ? %3F, % %25), nor keywords and values such as host=localhost password='with spaces'")
-
-// parseSettings returns the settings of a connection string by libpq's names.
-func parseSettings(s string) (map[string]string, error) {
-	if m := pastedForm.FindStringSubmatch(s); m != nil {
-		return nil, fmt.Errorf("remove %s from the connection string", m[1]+m[2])
-	}
-	set := map[string]string{}
-	if m := urlForm.FindStringSubmatch(s); m != nil {
-		var hosts, ports []string
-		for host := range strings.SplitSeq(m[3], ",") {
-			h := hostForm.FindStringSubmatch(host)
-			if h == nil {
-				return nil, errSyntax
-			}
-			hosts, ports = append(hosts, h[1]+h[2]), append(ports, h[3])
-		}
-		pairs := append(strings.Split(m[5], "&"), "user="+m[1], "password="+m[2], "host="+strings.Join(hosts, ","), "dbname="+m[4])
-		if strings.Join(ports, "") != "" {
-			ports[0] = cmp.Or(ports[0], "5432") // lib/pq has this default for the others
-			pairs = append(pairs, "port="+strings.Join(ports, ","))
-		}
-		for _, pair := range pairs {
-			name, value, _ := strings.Cut(pair, "=")
-			value, err := neturl.PathUnescape(value)
-			if err != nil || strings.Contains(value, "\x00") {
-				return nil, errSyntax
-			}
-			if value != "" {
-				set[name] = value
-			}
-		}
-		return set, nil
-	}
-	for s != "" {
-		m := pairForm.FindStringSubmatch(s)
-		if m == nil {
-			return nil, errSyntax
-		}
-		set[m[1]] = escapeForm.ReplaceAllString(m[2]+m[3], "$1")
-		s = s[len(m[0]):]
-	}
-	return set, nil
-}
-
-// addService adds the settings of a service file that the connection string does
-// not have itself. lib/pq would let the file win (lib/pq#1344).
-func addService(set map[string]string) error {
-	service, host := cmp.Or(set["service"], os.Getenv("PGSERVICE")), set["host"]
-	set["service"] = ""
-	if service == "" {
-		return nil
-	}
-	home, _ := os.UserHomeDir()
-	file := cmp.Or(os.Getenv("PGSERVICEFILE"), filepath.Join(home, ".pg_service.conf"))
-	text, err := os.ReadFile(file)
-	section := regexp.MustCompile(`(?ms)^\s*\[\s*` + regexp.QuoteMeta(service) + `\s*\](.*?)(?:^\s*\[|\z)`).FindSubmatch(text)
-	if section == nil {
-		return fmt.Errorf("service %q is not in %s (%v)", service, file, err)
-	}
-	for _, m := range lineForm.FindAllStringSubmatch(string(section[1]), -1) {
-		if _, given := set[m[1]]; !given && !(m[1] == "hostaddr" && host != "") {
-			set[m[1]] = m[2]
-		}
-	}
-	return nil
-}
-
-// isSocket reports whether a host is a Unix socket.
-func isSocket(host string) bool { return filepath.IsAbs(host) || strings.HasPrefix(host, "@") }
-
-// allLocal reports whether all hosts are Unix sockets or loopback hosts, judged
-// as they are given.
-func allLocal(cfg pq.Config) bool {
-	hosts := append([]pq.ConfigMultihost{{Host: cfg.Host, Hostaddr: cfg.Hostaddr}}, cfg.Multi...)
-	return !slices.ContainsFunc(hosts, func(h pq.ConfigMultihost) bool {
-		if addr, err := netip.ParseAddr(h.Host); err == nil && !h.Hostaddr.IsValid() {
-			h.Hostaddr = addr
-		}
-		named := h.Host == "localhost" || isSocket(h.Host)
-		return !h.Hostaddr.Unmap().IsLoopback() && (h.Hostaddr.IsValid() || !named)
-	})
-}
-
 // sqlState returns the SQLSTATE of an error that the server reported, by any
 // driver, else "".
 func sqlState(err error) string {
-	if err, ok := errors.AsType[interface {
-		error
-		SQLState() string
-	}](err); ok {
-		return err.SQLState()
+	var reported interface{ SQLState() string }
+	if errors.As(err, &reported) {
+		return reported.SQLState()
 	}
 	return ""
 }
@@ -280,18 +135,17 @@ type connector struct {
 func (c *connector) Driver() driver.Driver { return pq.Driver{} }
 
 func (c *connector) Connect(ctx context.Context) (driver.Conn, error) {
-	cn := &conn{connector: c, moves: c.moves.Load(), wire: &wire{timeout: cmp.Or(c.cfg.ConnectTimeout, connectTimeout)}}
+	timeout := cmp.Or(c.cfg.ConnectTimeout, connectTimeout)
 	if deadline, ok := ctx.Deadline(); ok {
-		cn.wire.timeout = min(cn.wire.timeout, time.Until(deadline))
+		timeout = min(timeout, time.Until(deadline))
 	}
-	cn.wire.timeout /= time.Duration(1 + len(c.cfg.Multi)) // a silent host leaves time for the others
 	cfg := c.cfg
-	cfg.ConnectTimeout = 0 // would make lib/pq remove the wire's deadline too early
-	lib, err := pq.NewConnectorConfig(cfg)
-	if err != nil {
-		return nil, err
-	}
-	lib.Dialer(cn.wire)
+	cfg.ConnectTimeout = 0 // or lib/pq would remove the socket's deadline too early
+	lib, _ := pq.NewConnectorConfig(cfg)
+	// lib/pq tries the hosts in turn: a silent one leaves time for the others.
+	w := &wire{timeout: timeout / time.Duration(1+len(cfg.Multi))}
+	lib.Dialer(w)
+	moves := c.moves.Load()
 	dc, err := lib.Connect(ctx)
 	if errors.Is(err, pq.ErrSSLNotSupported) {
 		err = fmt.Errorf("%w (sslmode=disable connects without TLS)", err)
@@ -299,17 +153,17 @@ func (c *connector) Connect(ctx context.Context) (driver.Conn, error) {
 	if err != nil {
 		return nil, &connectError{err}
 	}
-	cn.pqConn, cn.wire.connected = dc.(pqConn), true
+	w.connected = true
+	cn := &conn{pqConn: dc.(pqConn), connector: c, wire: w, moves: moves}
 	err = cn.setUp(ctx)
-	if !cn.wire.stop() {
+	if !w.stop() {
 		err = cmp.Or(err, ctx.Err())
 	}
 	if err != nil {
-		cn.Close()
+		_ = cn.Close()
 		return nil, &connectError{err}
 	}
-	cn.wire.socket.SetDeadline(time.Time{})
-	return cn, nil
+	return cn, w.socket.SetDeadline(time.Time{})
 }
 
 // Limits of what a server may take its time for.
@@ -340,7 +194,7 @@ type wire struct {
 
 func (w *wire) expire() {
 	w.unfit.Store(true)
-	w.socket.SetDeadline(time.Now().Add(cancelGrace))
+	_ = w.socket.SetDeadline(time.Now().Add(cancelGrace))
 }
 
 func (w *wire) DialContext(ctx context.Context, network, address string) (net.Conn, error) {
@@ -356,14 +210,11 @@ func (w *wire) DialContext(ctx context.Context, network, address string) (net.Co
 	if err != nil {
 		return nil, err
 	}
-	socket.SetDeadline(deadline)
+	err = socket.SetDeadline(deadline)
 	if !w.connected {
-		if w.socket != nil { // to a host that was tried before; lib/pq may leave it open
-			w.socket.Close()
-		}
-		w.socket, w.stop = socket, context.AfterFunc(ctx, func() { socket.SetDeadline(time.Now()) })
+		w.socket, w.stop = socket, context.AfterFunc(ctx, func() { _ = socket.SetDeadline(time.Now()) })
 	}
-	return socket, nil
+	return socket, err
 }
 
 // DialTimeout is of no use here, but lib/pq's interface has it.
@@ -374,13 +225,11 @@ func (w *wire) DialTimeout(network, address string, timeout time.Duration) (net.
 // closed reports whether the server has closed the connection, or has sent what
 // nobody asked for, such as the reason why it is about to.
 func (w *wire) closed() bool {
-	raw, err := w.socket.(syscall.Conn).SyscallConn()
-	if err != nil {
-		return true
-	}
 	quiet := false
-	err = raw.Read(func(fd uintptr) bool { quiet = wouldBlock(syscall.Read, fd); return true })
-	return err != nil || !quiet
+	if raw, err := w.socket.(syscall.Conn).SyscallConn(); err == nil {
+		_ = raw.Read(func(fd uintptr) bool { quiet = wouldBlock(syscall.Read, fd); return true })
+	}
+	return !quiet
 }
 
 // wouldBlock reports whether a file descriptor in non-blocking mode has nothing
@@ -424,11 +273,10 @@ func (c *conn) setUp(ctx context.Context) error {
 	query := "SELECT set_config(name, value, false) FROM (VALUES " +
 		"('plan_cache_mode', 'force_generic_plan'), ('enable_sort', 'off'), ('jit', 'off')) AS settings (name, value)"
 	local, tcp := c.wire.socket.LocalAddr().(*net.TCPAddr)
-	if c.connector.prepare == prepareNever || c.connector.prepare == prepareAuto && !tcp {
+	switch {
+	case c.connector.prepare == prepareNever || c.connector.prepare == prepareAuto && !tcp:
 		return nil
-	}
-	if c.connector.prepare == prepareAuto {
-		// With a pooler, proxy or NAT in between PostgreSQL has other addresses or ports.
+	case c.connector.prepare == prepareAuto: // PostgreSQL has other addresses or ports with a pooler, proxy or NAT in between
 		remote := c.wire.socket.RemoteAddr().(*net.TCPAddr)
 		ip := func(a *net.TCPAddr) netip.Addr { return a.AddrPort().Addr().Unmap().WithZone("") }
 		query += fmt.Sprintf(" WHERE (inet_client_addr(), inet_client_port(), inet_server_addr(), inet_server_port()) = ('%s', %d, '%s', %d)",
@@ -529,6 +377,6 @@ func (c *conn) PrepareContext(context.Context, string) (driver.Stmt, error) {
 }
 
 func (c *conn) Close() error {
-	c.wire.socket.SetDeadline(time.Now().Add(closeTimeout))
+	_ = c.wire.socket.SetDeadline(time.Now().Add(closeTimeout))
 	return c.pqConn.Close()
 }

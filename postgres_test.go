@@ -4,6 +4,7 @@ package main
 // comes of them on a PostgreSQL that wants TLS and passwords.
 
 import (
+	"bufio"
 	"bytes"
 	"cmp"
 	"context"
@@ -13,6 +14,7 @@ import (
 	"crypto/tls"
 	"crypto/x509"
 	"crypto/x509/pkix"
+	"database/sql"
 	"database/sql/driver"
 	"encoding/binary"
 	"encoding/pem"
@@ -24,12 +26,15 @@ import (
 	"net"
 	"net/http"
 	"os"
+	"os/exec"
 	"os/user"
 	"path/filepath"
 	"regexp"
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
+	"syscall"
 	"testing"
 	"time"
 
@@ -135,32 +140,105 @@ func TestParseURL(t *testing.T) {
 	}
 }
 
+// Strings that mean the same, as libpq reads them.
+func TestParseURLAsLibpq(t *testing.T) {
+	clearEnvironment(t)
+	file := filepath.Join(t.TempDir(), "services")
+	if err := os.WriteFile(file, []byte(`
+# user=comment
+[other]
+user=other
+[ prod ]
+host=prod.example.com
+hostaddr = 192.0.2.1
+port=6543
+user=bob
+password = s3cret
+sslmode=disable
+[last]
+user=last
+`), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for _, test := range []struct{ name, given, env, same string }{
+		{"socket", "postgres://alice@%2Frun%2Fpg:5433/a", "", "user=alice host=/run/pg port=5433 dbname=a"},
+		{"several hosts", "postgres://alice@a:1,b:2/c", "", "user=alice host=a,b port=1,2 dbname=c"},
+		{"several hosts, one port", "postgres://alice@a,[::1]:2,/c", "", "user=alice host=a,::1, port=5432,2, dbname=c"},
+		{"IPv6 with a zone", "postgres://alice@[fe80::1%25eth0]:1", "", "user=alice host=fe80::1%eth0 port=1"},
+		{"white space around", "\n postgresql://alice@localhost/a\r\n", "", "user=alice host=localhost dbname=a"},
+		{"white space around keywords", "\tuser = alice\nhost= 'localhost' \n", "", "user=alice host=localhost"},
+		{"+ for itself", "postgres://a+b:c+d@localhost/e+f?application_name=g+h", "", "user=a+b password=c+d host=localhost dbname=e+f application_name=g+h"},
+		{"encoded", "postgres://alice%40corp:%2F%3f%23%25%3A%20%27%5C@localhost/a%2Fb", "", `user=alice@corp password='/?#%: \'\\' host=localhost dbname=a/b`},
+		{"@ in a password", "postgres://alice:p@ss:w=rd&@localhost", "", `user=alice password=p@ss:w=rd& host=localhost`},
+		{"backslashes", `user=al\ ice password='it\'s \\' host=localhost`, "", `user='al ice' password=it\'s\ \\ host=localhost`},
+		{"the last one counts", "postgres://alice@localhost?sslmode=disable&sslmode=require", "", "user=alice host=localhost sslmode=require"},
+		{"the query counts", "postgres://alice@a:1?host=b&port=2", "", "user=alice host=b port=2"},
+		{"value with =", "postgres://alice@localhost?options=endpoint=x", "", "user=alice host=localhost options=endpoint=x"},
+		{"empty host", "host='' user=alice", "PGHOST=db.example.com", "host=localhost user=alice"},
+		{"PGSERVICE", "", "PGSERVICE=prod", "host=prod.example.com hostaddr=192.0.2.1 port=6543 user=bob password=s3cret sslmode=disable"},
+		{"PGSERVICE, all given", "postgres://alice:s@db.example.com:5433/a?sslmode=require", "PGSERVICE=prod", "user=alice password=s host=db.example.com port=5433 dbname=a sslmode=require"},
+		{"PGSERVICE, user given", "user=alice", "PGSERVICE=prod", "user=alice host=prod.example.com hostaddr=192.0.2.1 port=6543 password=s3cret sslmode=disable"},
+		{"service, host given", "postgres://localhost?service=last", "PGSERVICE=prod", "user=last host=localhost"},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			want, err := parseURL(test.same)
+			if name, value, ok := strings.Cut(test.env, "="); ok {
+				t.Setenv("PGSERVICEFILE", file)
+				t.Setenv(name, value)
+			}
+			got, gotErr := parseURL(test.given)
+			got.ServiceFile = ""
+			if got, want := describe(got), describe(want); err != nil || gotErr != nil || got != want {
+				t.Errorf("got  %s, %v\nwant %s, %v", got, gotErr, want, err)
+			}
+		})
+	}
+}
+
+// describe returns what a configuration says, but for which settings were given.
+func describe(cfg pq.Config) string {
+	return regexp.MustCompile(` (set|multiHost|multiHostaddr|multiPort):\[[^]]*\]`).ReplaceAllString(fmt.Sprintf("%+v", cfg), "")
+}
+
 func TestParseURLErrors(t *testing.T) {
 	clearEnvironment(t)
-	const syntax = "neither a URL nor keywords"
+	const syntax = "neither a URL such as"
 	for _, test := range []struct {
 		name string
 		url  string
-		env  string
+		env  string // a variable of libpq's
 		want string // in the error
 	}{
 		{"word", "s3cret", "", syntax},
 		{"unterminated quote", "password='s3cret", "", syntax},
 		{"unquoted space", "password=my s3cret", "", syntax},
+		{"other URL", "mysql://alice:s3cret@localhost/a?sslmode=require", "", syntax},
 		{"slash in a password", "postgres://alice:s3cret/x@localhost/a", "", syntax},
+		{"digits and a slash", "postgres://alice:12/s3cret@localhost/a", "", syntax},
+		{"digits and a question mark", "postgres://alice:12?s3cret=x@localhost", "", syntax},
+		{"digits and #", "postgres://alice:12#s3cret@localhost/a", "", syntax},
 		{"percent in a password", "postgres://alice:s3%cret@localhost/a", "", syntax},
+		{"U+0000 in a password", "postgres://alice:s3cret%00@localhost/a", "", syntax},
 		{"name for a port", "postgres://alice:s3cret@localhost:port/a", "", syntax},
-		{"URL of SQLAlchemy", "postgresql+psycopg2://alice:s3cret@localhost/a", "", syntax},
-		{"URL of SQLAlchemy with a setting", "postgresql+psycopg2://alice:s3cret@localhost/a?sslmode=require", "", syntax},
-		{"URL in quotes", `"postgres://alice:s3cret@localhost/a?sslmode=require"`, "", syntax},
-		{"space before a URL", " postgres://alice:s3cret@localhost/a?sslmode=require", "", syntax},
-		{"command", "psql 'postgres://alice:s3cret@localhost/a?sslmode=require'", "", syntax},
+		{"ports without commas", "postgres://alice:s3cret@a:1b:2/a", "", syntax},
+		{"fragment", "postgres://alice:s3cret@localhost/a#b", "", syntax},
+		{"fragment after a query", "postgres://alice:s3cret@localhost/a?sslmode=require#b", "", syntax},
+		{"percent in a query", "postgres://alice:s3cret@localhost/a?sslmode=verify-full%", "", syntax},
+		{"semicolon in a query", "postgres://alice:s3cret@localhost/a?a=b;sslmode=verify-full", "", syntax},
+		{"query without a value", "postgres://alice:s3cret@localhost/a?sslmode", "", syntax},
+		{"two lines", "postgres://alice:s3cret@localhost/a\nb", "", syntax},
+		{"URL of SQLAlchemy", "postgresql+psycopg2://alice:s3cret@localhost/a?sslmode=require", "", "remove +psycopg2 from"},
+		{"quotes", `"postgres://alice:s3cret@localhost/a"`, "", `remove " from`},
+		{"command", "psql 'postgres://alice:s3cret@localhost/a'", "", "remove psql from"},
+		{"export", "export DATABASE_URL=postgres://alice:s3cret@localhost/a", "", "remove export from"},
+		{"variable", " DATABASE_URL='postgres://alice:s3cret@localhost/a'", "", "remove DATABASE_URL= from"},
 		{"port", "postgres://alice:s3cret@localhost:65536/a", "", "port"},
 		{"sslmode", "password=s3cret sslmode=no", "", "sslmode"},
 		{"hostaddr", "password=s3cret hostaddr=localhost", "", "hostaddr"},
 		{"sslrootcert=system and a weaker sslmode", "password=s3cret sslrootcert=system sslmode=require", "", "sslmode"},
 		{"PGSSLMODE", "password=s3cret", "PGSSLMODE=no", "PGSSLMODE"},
 		{"PGCHANNELBINDING", "password=s3cret", "PGCHANNELBINDING=require", "PGCHANNELBINDING"},
+		{"PGSERVICE", "password=s3cret", "PGSERVICE=prod", `service "prod" not found`},
 		{"channel_binding", "password=s3cret channel_binding=yes", "", "channel_binding"},
 		{"channel_binding, sslmode=disable", "host=db.example.com password=s3cret channel_binding=require sslmode=disable", "", "channel_binding"},
 		{"channel_binding, socket", "host=/run/postgresql password=s3cret channel_binding=require", "", "channel_binding"},
@@ -182,70 +260,84 @@ func TestParseURLErrors(t *testing.T) {
 	}
 }
 
+// A password with a special character anywhere is taken whole or refused, without
+// showing it. None of it becomes a host, a port or a setting.
+func FuzzParseURLPassword(f *testing.F) {
+	for c := ' '; c <= '~'; c++ {
+		f.Add("43210", string(c), "cretpart")
+		f.Add("s3cretpart", string(c)+string(c), "87654")
+	}
+	f.Fuzz(func(t *testing.T, before, special, after string) {
+		for _, part := range []string{before, after} {
+			if !regexp.MustCompile(`^([0-9]{5}|[a-z0-9]{8,})$`).MatchString(part) {
+				return
+			}
+		}
+		for _, format := range []string{"postgres://alice:%s@localhost/a", "postgres://alice:%s@a,b:2?sslmode=require", "user=alice password=%s host=localhost"} {
+			cfg, err := parseURL(fmt.Sprintf(format, before+special+after))
+			cfg.Password = ""
+			if shown := fmt.Sprintf("%+v %v", cfg, err); strings.Contains(shown, before) || strings.Contains(shown, after) {
+				t.Errorf("a password with %q is shown: %s", special, shown)
+			}
+		}
+	})
+}
+
 func TestTransient(t *testing.T) {
 	t.Parallel()
 	state := func(code, message string) error {
 		return fmt.Errorf("while testing: %w", &pq.Error{Code: pqerror.Code(code), Message: message})
 	}
 	connect := func(err error) error { return fmt.Errorf("while testing: %w", &connectError{err}) }
-	refused := &net.OpError{Op: "dial", Net: "tcp", Err: os.NewSyscallError("connect", errors.New("connection refused"))}
-	for _, test := range []struct {
-		name string
-		err  error
-		want bool
-	}{
-		{"nil", nil, false},
-		{"defect", errors.New("defect"), false},
-		{"EOF of something else", io.EOF, false},
-		{"refused", connect(refused), true},
-		{"no such host", connect(&net.OpError{Op: "dial", Err: &net.DNSError{Err: "no such host", IsNotFound: true}}), true},
-		{"EOF while connecting", connect(io.EOF), true},
-		{"closed while connecting", connect(io.ErrUnexpectedEOF), true},
-		{"bad connection", driver.ErrBadConn, true},
-		{"unknown outcome", fmt.Errorf("%w (EOF)", errUnknownOutcome), true},
-		{"deadline", context.DeadlineExceeded, true},
-		{"standby of several hosts", connect(errors.New("server is in hot standby mode")), true},
-		{"one of several hosts is starting", connect(fmt.Errorf("pq: could not connect to any of the hosts:\n%w", errors.Join(refused, state("57P03", "the database system is starting up")))), true},
-		{"all of several hosts refuse", connect(fmt.Errorf("pq: could not connect to any of the hosts:\n%w", errors.Join(refused, refused))), true},
-		{"read-only one of several hosts", connect(errors.New("session is read-only")), true},
-		{"no TLS", connect(pq.ErrSSLNotSupported), false},
-		{"no TLS on a host called so", connect(fmt.Errorf("pq: could not connect to any of the hosts:\nconnecting to db-standby.read-only:5432: %w", pq.ErrSSLNotSupported)), false},
-		{"alert of TLS", connect(&net.OpError{Op: "remote error", Err: tls.AlertError(70)}), false},
-		{"untrusted", connect(&tls.CertificateVerificationError{Err: x509.UnknownAuthorityError{}}), false},
-		{"untrusted, verify-ca", connect(x509.UnknownAuthorityError{}), false},
-		{"expired, verify-ca", connect(x509.CertificateInvalidError{Reason: x509.Expired}), false},
-		{"no file", connect(&fs.PathError{Op: "open", Path: "ca.crt", Err: fs.ErrNotExist}), false},
-		{"no certificate in the file", connect(errors.New("pq: couldn't parse pem from sslrootcert")), false},
-		{"key readable by others", connect(pq.ErrSSLKeyHasWorldPermissions), false},
-		{"method of authentication", connect(errors.New("pq: unsupported authentication method: KerberosV5 (2)")), false},
-		{"connection_failure", state("08006", ""), true},
-		{"protocol_violation, as from PgBouncer", state("08P01", "server login has been failing"), true},
-		{"setting that PgBouncer refuses", state("08P01", "unsupported startup parameter: search_path"), false},
-		{"read_only_sql_transaction", state("25006", ""), true},
-		{"invalid_password", connect(state("28P01", "")), false},
-		{"invalid_authorization_specification", connect(state("28000", "")), false},
-		{"invalid_catalog_name", connect(state("3D000", "")), false},
-		{"serialization_failure", state("40001", ""), true},
-		{"deadlock_detected", state("40P01", ""), true},
-		{"insufficient_privilege", state("42501", ""), false},
-		{"undefined_object, as an unknown setting", connect(state("42704", "")), false},
-		{"undefined_table", state("42P01", ""), false},
-		{"unique_violation", state("23505", ""), false},
-		{"disk_full", state("53100", ""), true},
-		{"too_many_connections", connect(state("53300", "")), true},
-		{"lock_not_available", state("55P03", ""), true},
-		{"object_in_use", state("55006", ""), false},
-		{"query_canceled", state("57014", ""), true},
-		{"admin_shutdown", state("57P01", ""), true},
-		{"cannot_connect_now", connect(state("57P03", "")), true},
-		{"io_error", state("58030", ""), true},
-		{"internal_error", state("XX000", ""), false},
-	} {
-		if got := transient(test.err); got != test.want {
-			t.Errorf("%s (%v): %t, want %t", test.name, test.err, got, test.want)
+	hosts := func(errs ...error) error {
+		return connect(fmt.Errorf("pq: could not connect to any of the hosts:\nconnecting to db-standby.read-only:5432: %w", errors.Join(errs...)))
+	}
+	refused := &net.OpError{Op: "dial", Net: "tcp", Err: os.NewSyscallError("connect", syscall.ECONNREFUSED)}
+	passing := []error{
+		io.EOF, driver.ErrBadConn, errUnknownOutcome, context.DeadlineExceeded, syscall.ECONNRESET, otherError("57P01"),
+		fmt.Errorf("failed to receive message: %w", io.ErrUnexpectedEOF), // as pgx has it
+		fmt.Errorf("write failed: %w", &net.OpError{Op: "write", Err: os.NewSyscallError("write", syscall.EPIPE)}),
+		connect(refused), connect(io.EOF), connect(&net.OpError{Op: "dial", Err: &net.DNSError{Err: "no such host", IsNotFound: true}}),
+		hosts(refused, refused), hosts(refused, state("57P03", "the database system is starting up")),
+		connect(errors.New("server is in hot standby mode")), connect(errors.New("session is read-only")),
+		connect(errors.New("pq: server error: could not fork new process for connection: Resource temporarily unavailable")),
+		connect(state("XX000", "Couldn't connect to compute node")),              // as proxies have it
+		connect(state("08P01", "no more connections allowed (max_client_conn)")), // as PgBouncer has it
+		connect(state("08P01", "server login has been failing, try again later (server_login_retry)")),
+	}
+	for _, code := range strings.Fields("08006 08P01 25006 40001 40P01 53100 53300 55P03 57014 57P01 57P03 58030") {
+		passing = append(passing, state(code, ""), connect(state(code, "")))
+	}
+	lasting := []error{
+		nil, errors.New("defect"), otherError("42P01"), state("XX000", ""), hosts(pq.ErrSSLNotSupported),
+		connect(&net.OpError{Op: "remote error", Err: tls.AlertError(70)}),
+		connect(&tls.CertificateVerificationError{Err: x509.UnknownAuthorityError{}}),
+		connect(x509.UnknownAuthorityError{}), connect(x509.CertificateInvalidError{Reason: x509.Expired}), // with verify-ca
+		connect(&fs.PathError{Op: "open", Path: "ca.crt", Err: syscall.ENOENT}),
+		connect(errors.New("pq: couldn't parse pem from sslrootcert")), connect(pq.ErrSSLKeyHasWorldPermissions),
+		connect(errors.New("pq: unsupported authentication method: KerberosV5 (2)")),
+	}
+	for _, code := range strings.Fields("22023 23505 28000 28P01 3D000 42501 42704 42P01 55006 XX001") {
+		lasting = append(lasting, state(code, ""), connect(state(code, "")))
+	}
+	for _, text := range []string{"unsupported startup parameter: search_path", "password authentication failed", "SASL authentication failed",
+		"no such user: alice", "no such database: a", "SSL required", "login rejected"} {
+		lasting = append(lasting, connect(state("08P01", text))) // as PgBouncer has it
+	}
+	for want, errs := range map[bool][]error{true: passing, false: lasting} {
+		for _, err := range errs {
+			if transient(err) != want {
+				t.Errorf("%v: %t, want %t", err, !want, want)
+			}
 		}
 	}
 }
+
+// otherError is an error of another driver that has this SQLSTATE.
+type otherError string
+
+func (e otherError) Error() string    { return "an error of another driver" }
+func (e otherError) SQLState() string { return string(e) }
 
 // A statement and its parameters are one batch: they end with the first Sync.
 func TestOneBatch(t *testing.T) {
@@ -530,4 +622,483 @@ func TestRefusedConnections(t *testing.T) {
 	allow(true)
 	a.want(http.StatusOK, a.do("GET", "/readyz", ""))
 	a.create(`{"title": "a"}`)
+}
+
+// A tcpSwitch forwards TCP connections to a server that can be exchanged for new
+// ones, as the address of a service does.
+type tcpSwitch struct {
+	addr   *net.TCPAddr
+	target atomic.Pointer[string]
+}
+
+func newSwitch(t *testing.T, target string) *tcpSwitch {
+	listener := listen(t, "127.0.0.1:0")
+	t.Cleanup(func() { listener.Close() })
+	s := &tcpSwitch{addr: listener.Addr().(*net.TCPAddr)}
+	s.target.Store(&target)
+	go func() {
+		for {
+			client, err := listener.Accept()
+			if err != nil {
+				return
+			}
+			server, err := net.Dial("tcp", *s.target.Load())
+			if err != nil {
+				client.Close()
+				continue
+			}
+			go func() { io.Copy(client, server); client.Close() }()
+			go func() { io.Copy(server, client); server.Close() }()
+		}
+	}()
+	return s
+}
+
+// newTCPServer returns a PostgreSQL of the test's own on a port of 127.0.0.1 and ::1.
+func newTCPServer(t *testing.T) (server *localDB, port int) {
+	listener := listen(t, "127.0.0.1:0")
+	port = listener.Addr().(*net.TCPAddr).Port
+	listener.Close()
+	return newServer(t, "listen_addresses=127.0.0.1,::1", fmt.Sprintf("port=%d", port)), port
+}
+
+// newPooler returns the settings for a PgBouncer of the test's own in transaction
+// mode, by TCP and by its Unix socket. It lends one connection to server.
+func newPooler(t *testing.T, server, auth string) (tcp, socket string) {
+	t.Helper()
+	program, err := exec.LookPath("pgbouncer")
+	if err != nil {
+		program = "/usr/sbin/pgbouncer" // Debian's, not in everybody's PATH
+	}
+	dir := shortTempDir(t)
+	listener := listen(t, "127.0.0.1:0")
+	port := listener.Addr().(*net.TCPAddr).Port
+	listener.Close()
+	file, users := filepath.Join(dir, "pgbouncer.ini"), filepath.Join(dir, "users")
+	if err := errors.Join(os.WriteFile(users, []byte(`"alice" "s3cret"`), 0o644), os.WriteFile(file, fmt.Appendf(nil, `[databases]
+app = dbname=postgres user=postgres %s
+[pgbouncer]
+pool_mode = transaction
+default_pool_size = 1
+auth_type = %s
+auth_file = %s
+listen_addr = 127.0.0.1
+listen_port = %d
+unix_socket_dir = %s
+`, server, auth, users, port, dir), 0o644)); err != nil {
+		t.Fatal(err)
+	}
+	pooler := exec.Command(program, "-q", file)
+	if os.Geteuid() == 0 {
+		pooler.Args = append(pooler.Args, "-u", localAccount)
+	}
+	if err := pooler.Start(); err != nil {
+		t.Fatal(err, " (apt-get install pgbouncer, or brew install pgbouncer)")
+	}
+	t.Cleanup(func() { pooler.Process.Kill(); pooler.Wait() })
+	const login = " user=alice password=s3cret dbname=app sslmode=disable"
+	tcp, socket = fmt.Sprintf("host=127.0.0.1 port=%d", port)+login, fmt.Sprintf("host=%s port=%d", dir, port)+login
+	db := open(t, socket)
+	defer db.Close()
+	waitFor(t, "PgBouncer to be ready", func() bool { return db.Ping() == nil })
+	return tcp, socket
+}
+
+// Only on a direct connection statements are prepared and the session changed.
+func TestPrepareAuto(t *testing.T) {
+	t.Parallel()
+	server, port := newTCPServer(t)
+	cfg, err := parseURL(server.URL)
+	if err != nil {
+		t.Fatal(err)
+	}
+	gone := listen(t, "127.0.0.1:0")
+	gone.Close()
+	onTCP := fmt.Sprintf("host=127.0.0.1 port=%d", port)
+	overTCP, overTCPBySocket := newPooler(t, onTCP, "any")
+	overSocket, overSocketBySocket := newPooler(t, fmt.Sprintf("host=%s port=%d", cfg.Host, port), "any")
+	const postgres = " user=postgres dbname=postgres sslmode=disable"
+	type test struct {
+		name     string
+		url      string
+		mode     prepareMode
+		prepared bool
+	}
+	tests := []test{
+		{"127.0.0.1", onTCP + postgres, prepareAuto, true},
+		{"localhost", fmt.Sprintf("host=localhost port=%d", port) + postgres, prepareAuto, true},
+		{"mapped IPv4", fmt.Sprintf("host=::ffff:127.0.0.1 port=%d", port) + postgres, prepareAuto, true},
+		{"second host", fmt.Sprintf("host=127.0.0.1,localhost port=%d,%d", gone.Addr().(*net.TCPAddr).Port, port) + postgres, prepareAuto, true},
+		{"never", onTCP + postgres, prepareNever, false},
+		{"socket", server.URL, prepareAuto, false},
+		{"socket, always", server.URL, prepareAlways, true},
+		{"TCP proxy", fmt.Sprintf("host=127.0.0.1 port=%d", newSwitch(t, fmt.Sprintf("127.0.0.1:%d", port)).addr.Port) + postgres, prepareAuto, false},
+		{"PgBouncer on TCP to TCP", overTCP, prepareAuto, false},
+		{"PgBouncer on a socket to TCP", overTCPBySocket, prepareAuto, false},
+		{"PgBouncer on TCP to a socket", overSocket, prepareAuto, false},
+		{"PgBouncer on a socket to a socket", overSocketBySocket, prepareAuto, false},
+		{"second host is PgBouncer", strings.Replace(overTCP, "host=127.0.0.1 port=", fmt.Sprintf("host=127.0.0.1,127.0.0.1 port=%d,", gone.Addr().(*net.TCPAddr).Port), 1), prepareAuto, false},
+	}
+	if listener, err := net.Listen("tcp", "[::1]:0"); err == nil { // where there is IPv6
+		listener.Close()
+		tests = append(tests, test{"::1", fmt.Sprintf("host=::1 port=%d", port) + postgres, prepareAuto, true})
+	}
+	for _, test := range tests {
+		db, err := openDB(test.url, test.mode)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer db.Close()
+		db.SetMaxOpenConns(1)
+		for range 2 { // the second time without a look
+			var statements int
+			var sort, plans string
+			err = db.QueryRow(`SELECT count(*), current_setting('enable_sort'), current_setting('plan_cache_mode')
+				FROM pg_prepared_statements WHERE $1 <> ''`, "x").Scan(&statements, &sort, &plans)
+			got, want := fmt.Sprintf("%d %s %s", statements, sort, plans), "0 on auto"
+			if test.prepared {
+				want = "1 off force_generic_plan"
+			}
+			if err != nil || got != want {
+				t.Errorf("%s: %s, %v, want %s", test.name, got, err, want)
+			}
+		}
+	}
+}
+
+// A statement that a prepared one has become unfit for runs all the same, once.
+func TestPreparedAgain(t *testing.T) {
+	t.Parallel()
+	dbURL := newDatabase(t)
+	db, err := openDB(dbURL, prepareAlways)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer db.Close()
+	db.SetMaxOpenConns(1)
+	insert := func(want string) {
+		t.Helper()
+		var got string
+		if err := db.QueryRow("INSERT INTO a VALUES (DEFAULT, $1) RETURNING *", "x").Scan(new(int), &got); err != nil || got != want {
+			t.Errorf("%q, %v, want %q", got, err, want)
+		}
+	}
+	execSQL(t, dbURL, "CREATE TABLE a (n serial, s char(1))")
+	insert("x")
+	execSQL(t, dbURL, "ALTER TABLE a ALTER s TYPE char(3)")
+	insert("x  ") // 0A000
+	insert("x  ")
+	if _, err := db.Exec("DEALLOCATE ALL"); err != nil {
+		t.Fatal(err)
+	}
+	insert("x  ") // 26000
+	if n := queryInt(t, dbURL, "SELECT count(*) FROM a"); n != 4 {
+		t.Errorf("%d rows of 4 statements", n)
+	}
+	for n := range 2 * maxPrepared { // the server does not have to keep them all
+		if err := db.QueryRow(fmt.Sprint("SELECT $1::int + ", n), 1).Scan(new(int)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	var n int
+	if err := db.QueryRow("SELECT count(*) FROM pg_prepared_statements").Scan(&n); err != nil || n != maxPrepared {
+		t.Errorf("%d prepared statements, %v", n, err)
+	}
+}
+
+// No statement of the host's own runs twice when its reply is lost, whatever way
+// it goes.
+func TestLostReply(t *testing.T) {
+	t.Parallel()
+	dbURL := newDatabase(t)
+	execSQL(t, dbURL, "CREATE TABLE a (n int); CREATE FUNCTION f() RETURNS int LANGUAGE sql AS 'INSERT INTO a DEFAULT VALUES RETURNING 1'")
+	p := newProxy(t, dbURL)
+	executed := 0
+	lose := func(way, statement string, mode prepareMode, f fault) error {
+		p.do(func(bool) fault { return pass })
+		db, err := openDB(p.url, mode)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer db.Close()
+		args := make([]any, strings.Count(statement, "$"))
+		tx, err := db.Begin()
+		if err == nil && way == "Commit" {
+			_, err = tx.Exec(statement, args...)
+		} else if err == nil {
+			err = tx.Rollback() // which leaves an idle connection
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		p.times(1, f)
+		switch way {
+		case "Exec":
+			_, err = db.Exec(statement, args...)
+		case "Query":
+			err = db.QueryRow(statement, args...).Scan(new(int))
+		case "Commit":
+			err = tx.Commit()
+		}
+		return err
+	}
+	for _, way := range []string{"Exec", "Query", "Commit"} {
+		for _, statement := range []string{"INSERT INTO a DEFAULT VALUES RETURNING 1", "INSERT INTO a VALUES ($1) RETURNING 1", "SELECT f()"} {
+			for _, mode := range []prepareMode{prepareNever, prepareAlways} {
+				for f := cutBefore; f < stall; f++ {
+					what := fmt.Sprintf("%s %s, mode %d, %v", way, statement, mode, f)
+					if err := lose(way, statement, mode, f); err == nil && f != cutWithin || err != nil && !transient(err) {
+						t.Errorf("%s: %v", what, err)
+					}
+					if f.executed() {
+						executed++
+					}
+					p.conns.Wait()
+					if n := queryInt(t, dbURL, "SELECT count(*) FROM a"); n != executed {
+						t.Fatalf("%s: there are %d rows, not %d", what, n, executed)
+					}
+				}
+			}
+		}
+	}
+	db := open(t, newDatabase(t))
+	defer db.Close()
+	if _, err := db.Prepare("SELECT 1"); err == nil || !strings.Contains(err.Error(), "not supported") {
+		t.Errorf("Prepare: %v", err)
+	}
+}
+
+// The end of its context, which need not have a deadline, ends any call on a
+// server that has fallen silent, and the pool goes on with another connection.
+// connect_timeout ends connecting, also when only the last look is not answered.
+func TestSilentServer(t *testing.T) {
+	t.Parallel()
+	dbURL := newDatabase(t)
+	for n, name := range []string{"Exec", "Query", "Ping", "Begin", "Commit", "Connect", "connect_timeout"} {
+		for _, f := range []fault{stall, stallEnd} {
+			for _, mode := range []prepareMode{prepareAuto, prepareAlways} {
+				t.Run(fmt.Sprintf("%s,%v,%d", name, f, mode), func(t *testing.T) {
+					t.Parallel()
+					p := newProxy(t, dbURL)
+					db, err := openDB(p.url+strings.Repeat(" connect_timeout=1", n/6), mode)
+					if err != nil {
+						t.Fatal(err)
+					}
+					defer db.Close()
+					db.SetMaxOpenConns(1)
+					ctx, cancel := context.WithCancel(t.Context())
+					defer cancel()
+					if n < 5 {
+						if err := db.Ping(); err != nil {
+							t.Fatal(err)
+						}
+					}
+					tx := new(sql.Tx)
+					if name == "Commit" {
+						if tx, err = db.BeginTx(ctx, nil); err != nil {
+							t.Fatal(err)
+						}
+					}
+					p.do(func(executes bool) fault {
+						if executes == (n < 5) {
+							return f
+						}
+						return pass
+					})
+					ended := make(chan error, 1)
+					go func() {
+						var err error
+						switch name {
+						case "Exec":
+							_, err = db.ExecContext(ctx, "SELECT 1")
+						case "Query":
+							err = db.QueryRowContext(ctx, "SELECT $1::int", 1).Scan(new(int))
+						case "Begin":
+							_, err = db.BeginTx(ctx, nil)
+						case "Commit":
+							err = tx.Commit()
+						default:
+							err = db.PingContext(ctx)
+						}
+						ended <- err
+					}()
+					waitFor(t, "the server to be silent", func() bool { return p.counts[f].Load() > 0 })
+					if name != "connect_timeout" {
+						cancel()
+					}
+					waitFor(t, "the call to end", func() bool { return len(ended) == 1 && db.Stats().InUse == 0 })
+					if err := <-ended; err == nil && f == stall {
+						t.Error("no error")
+					}
+					p.do(func(bool) fault { return pass })
+					if err := db.PingContext(t.Context()); err != nil {
+						t.Errorf("afterwards: %v", err)
+					}
+				})
+			}
+		}
+	}
+}
+
+// Clients that leave all at once free their connections, though PostgreSQL ignores
+// requests to cancel that arrive before their statements.
+func TestLeaveTogether(t *testing.T) {
+	t.Parallel()
+	db := open(t, newDatabase(t))
+	defer db.Close()
+	for round := range 20 {
+		ctx, cancel := context.WithCancel(t.Context())
+		defer cancel()
+		together := make(chan struct{})
+		for range 50 {
+			go func() {
+				<-together
+				db.QueryRowContext(ctx, "SELECT pg_sleep($1)", patience.Seconds()*2).Scan(new(string))
+			}()
+		}
+		close(together)
+		waitFor(t, "statements to be sent", func() bool { return db.Stats().InUse == 10 || round%2 == 0 && db.Stats().InUse > 0 })
+		cancel()
+		waitFor(t, "all to leave", func() bool { return db.Stats().InUse == 0 })
+	}
+}
+
+// An address that moves to another server is followed by all connections as soon
+// as one of them finds its server read-only. A database that is read-only for a
+// while costs nothing after it.
+func TestReadOnly(t *testing.T) {
+	t.Parallel()
+	first, firstPort := newTCPServer(t)
+	second, secondPort := newTCPServer(t)
+	address := newSwitch(t, fmt.Sprintf("127.0.0.1:%d", firstPort))
+	for _, server := range []*localDB{first, second} {
+		execSQL(t, server.URL, "CREATE TABLE a (n int)")
+	}
+	db := open(t, fmt.Sprintf("host=127.0.0.1 port=%d user=postgres dbname=postgres sslmode=disable", address.addr.Port))
+	defer db.Close()
+	write := func() error { _, err := db.Exec("INSERT INTO a VALUES ($1)", 1); return err }
+	(&api{TB: t, db: db}).fillPool()
+	execSQL(t, first.URL, "ALTER SYSTEM SET default_transaction_read_only = on")
+	execSQL(t, first.URL, "SELECT pg_reload_conf()")
+	second0 := fmt.Sprintf("127.0.0.1:%d", secondPort)
+	address.target.Store(&second0)
+	waitFor(t, "the first server to be read-only", func() bool { return sqlState(write()) == "25006" })
+	var conns sync.WaitGroup
+	for range 10 {
+		conns.Go(func() {
+			conn, err := db.Conn(t.Context())
+			if err == nil {
+				_, err = conn.ExecContext(t.Context(), "INSERT INTO a SELECT 1 FROM pg_sleep(1)") // meanwhile the others take other connections
+				conn.Close()
+			}
+			if err != nil {
+				t.Errorf("after the address has moved: %v", err)
+			}
+		})
+	}
+	conns.Wait()
+	for range 2 {
+		execSQL(t, second.URL, "ALTER DATABASE postgres SET default_transaction_read_only = on")
+		execSQL(t, second.URL, "SELECT pg_terminate_backend(pid, 30000) FROM pg_stat_activity WHERE datname = 'postgres' AND pid <> pg_backend_pid()")
+		for range 3 {
+			if err := write(); sqlState(err) != "25006" || !transient(err) {
+				t.Errorf("a read-only database: %v", err)
+			}
+		}
+		execSQL(t, second.URL, "BEGIN READ WRITE; ALTER DATABASE postgres RESET default_transaction_read_only; COMMIT")
+		if err := write(); err != nil {
+			t.Errorf("after the database was read-only: %v", err)
+		}
+	}
+}
+
+// A session is not used again after errors that later statements would meet too.
+func TestCondemnedSession(t *testing.T) {
+	t.Parallel()
+	db := open(t, newDatabase(t))
+	defer db.Close()
+	db.SetMaxOpenConns(1)
+	for state, want := range map[string]bool{"25006": true, "57P01": true, "57P03": true, "08006": true, "08P01": true, "57014": false, "40001": false, "23505": false} {
+		var before, after int
+		for _, pid := range []*int{&before, &after} {
+			if err := db.QueryRow("SELECT pg_backend_pid()").Scan(pid); err != nil {
+				t.Fatal(err)
+			}
+			_, err := db.Exec("DO $$ BEGIN RAISE EXCEPTION 'x' USING ERRCODE = '" + state + "'; END $$")
+			if sqlState(err) != state {
+				t.Fatal(err)
+			}
+		}
+		if got := before != after; got != want {
+			t.Errorf("%s: another connection %t, want %t", state, got, want)
+		}
+	}
+}
+
+// A start waits for a server that a proxy does not have yet, which some report as
+// an internal error.
+func TestProxyWithoutServer(t *testing.T) {
+	t.Parallel()
+	listener := listen(t, "127.0.0.1:0")
+	dbURL := newDatabase(t)
+	refused := make(chan struct{})
+	go func() {
+		defer close(refused)
+		for range 2 {
+			client, err := listener.Accept()
+			if err != nil {
+				return
+			}
+			message(bufio.NewReader(client), 0)
+			text := "SFATAL\x00CXX000\x00MCouldn't connect to compute node\x00\x00"
+			client.Write(append(binary.BigEndian.AppendUint32([]byte("E"), uint32(4+len(text))), text...))
+			client.Close()
+		}
+	}()
+	s := runWith(t, settings{"DATABASE_URL": onTCP(dbURL, listener.Addr())})
+	<-refused
+	relay(t, listener, dbURL, io.Discard)
+	s.url()
+}
+
+// What PgBouncer refuses stops a start at once, with a message that names it.
+func TestPoolerRefuses(t *testing.T) {
+	t.Parallel()
+	cfg, err := parseURL(newDatabase(t))
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, socket := newPooler(t, fmt.Sprintf("host=%s port=%d", cfg.Host, cfg.Port), "scram-sha-256")
+	for old, new := range map[string]string{"s3cret": "s3cret2", "dbname=app": "dbname=unknown", "user=alice": "user=bob", "sslmode=disable": "search_path=public"} {
+		s := runWith(t, settings{"DATABASE_URL": strings.Replace(socket, old, new, 1)})
+		err := s.wait()
+		name := regexp.MustCompile("authentication failed|unknown|bob|search_path")
+		if err == nil || !name.MatchString(err.Error()) || strings.Contains(fmt.Sprint(err, s.log), "s3cret") || strings.Contains(s.log.String(), "not ready") {
+			t.Errorf("%s: %v, log %s", new, err, s.log)
+		}
+	}
+}
+
+// A process whose user has no name, as in an image, is told that no user is given.
+func TestNoUser(t *testing.T) {
+	if os.Getenv("TASKS_TEST_NO_USER") != "" {
+		_, err := OpenDB("host=localhost")
+		fmt.Println(err)
+		return
+	}
+	if os.Geteuid() != 0 {
+		return // nobody else can become a user without a name
+	}
+	dir := shortTempDir(t)
+	program := filepath.Join(dir, "test")
+	binary, err := os.ReadFile(os.Args[0])
+	if err := errors.Join(err, os.WriteFile(program, binary, 0o755)); err != nil {
+		t.Fatal(err)
+	}
+	cmd := exec.Command(program, "-test.run=^TestNoUser$")
+	cmd.Dir, cmd.Env = dir, []string{"TASKS_TEST_NO_USER=1"}
+	cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: 65532, Gid: 65532}}
+	if out, err := cmd.CombinedOutput(); err != nil || !strings.Contains(string(out), "no user given") {
+		t.Errorf("%s, %v", out, err)
+	}
 }

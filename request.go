@@ -129,12 +129,13 @@ func (h *Handler) readBody(w http.ResponseWriter, r *http.Request) ([]byte, erro
 		body, err = io.ReadAll(io.LimitReader(r.Body, maxBody+1))
 	}
 	_, tooLarge := errors.AsType[*http.MaxBytesError](err) // of an outer handler
+	_, broken := errors.AsType[net.Error](err)
 	switch {
 	case tooLarge || r.ContentLength > maxBody || len(body) > maxBody:
 		return nil, refuse(http.StatusRequestEntityTooLarge, "The body is larger than %d bytes.", maxBody)
 	case errors.Is(err, os.ErrDeadlineExceeded):
 		return nil, refuse(http.StatusRequestTimeout, "The body did not arrive within %v.", timeout)
-	case errors.Is(err, io.ErrUnexpectedEOF):
+	case errors.Is(err, io.ErrUnexpectedEOF) || broken:
 		return nil, refuse(statusClientClosed, "The body ended unexpectedly.")
 	case err != nil:
 		return nil, malformedError("The body could not be read: " + err.Error() + ".")

@@ -1,5 +1,8 @@
 package main
 
+// server.go is the HTTP server: limits against slow clients, and a stop that
+// loses no request.
+
 import (
 	"context"
 	"log/slog"
@@ -14,8 +17,11 @@ import (
 // its response. Options.RequestTimeout has to be shorter.
 const writeTimeout = 50 * time.Second
 
+// tick is the step in which Shutdown waits.
+const tick = 10 * time.Millisecond
+
 // Server is an [http.Server] with timeouts against slow clients and a Shutdown
-// that loses no request. Shutdown uses the fields Handler, BaseContext and
+// that loses no request. Shutdown relies on the fields Handler, BaseContext and
 // ConnState: a function that replaces one of them must call the original.
 type Server struct {
 	*http.Server
@@ -24,7 +30,8 @@ type Server struct {
 	closing     atomic.Bool     // each response is the last on its connection
 	inFlight    *sync.WaitGroup // requests that began since the last call of drained
 	listeners   []net.Listener
-	unusedConns sync.Map // the connections without a request so far, as keys
+	serving     atomic.Int32 // calls of Serve that have not returned
+	unusedConns sync.Map     // as keys
 }
 
 // NewServer returns a server for outer, which is api or contains it.
@@ -60,13 +67,6 @@ func (s *Server) track(outer http.Handler) http.Handler {
 	})
 }
 
-func (s *Server) addListener(l net.Listener) context.Context {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	s.listeners = append(s.listeners, l)
-	return context.Background() // as net/http does without BaseContext
-}
-
 func (s *Server) setConnState(c net.Conn, state http.ConnState) {
 	if state == http.StateNew {
 		s.unusedConns.Store(c, nil)
@@ -76,28 +76,22 @@ func (s *Server) setConnState(c net.Conn, state http.ConnState) {
 }
 
 // Serve is like [http.Server.Serve]. It returns [http.ErrServerClosed] as soon as
-// Shutdown has closed l, and so do the methods below.
-func (s *Server) Serve(l net.Listener) error { return s.ended(s.Server.Serve(l)) }
-
-// ListenAndServe is like [http.Server.ListenAndServe].
-func (s *Server) ListenAndServe() error { return s.ended(s.Server.ListenAndServe()) }
-
-// ServeTLS is like [http.Server.ServeTLS].
-func (s *Server) ServeTLS(l net.Listener, cert, key string) error {
-	return s.ended(s.Server.ServeTLS(l, cert, key))
-}
-
-// ListenAndServeTLS is like [http.Server.ListenAndServeTLS].
-func (s *Server) ListenAndServeTLS(cert, key string) error {
-	return s.ended(s.Server.ListenAndServeTLS(cert, key))
-}
-
-// ended returns the error of a server that ended with err.
-func (s *Server) ended(err error) error {
+// Shutdown has closed l; the other methods that listen return l's error then.
+func (s *Server) Serve(l net.Listener) error {
+	s.serving.Add(1)
+	defer s.serving.Add(-1)
+	err := s.Server.Serve(l)
 	if s.closing.Load() {
 		return http.ErrServerClosed
 	}
 	return err
+}
+
+func (s *Server) addListener(l net.Listener) context.Context {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.listeners = append(s.listeners, l)
+	return context.Background() // as without BaseContext
 }
 
 // Shutdown drains the service, waits for the requests in flight, and closes the
@@ -146,19 +140,21 @@ func (s *Server) drained() <-chan struct{} {
 // have not been accepted when their listener is closed.
 func (s *Server) closeListeners() {
 	s.mu.Lock()
-	pause() // until all clients wait
+	for range 10 { // in steps, so that a process that was suspended reads what has arrived
+		time.Sleep(tick)
+	}
 	for _, l := range s.listeners {
 		_ = l.Close()
 	}
 	s.mu.Unlock()
-	pause() // for the first request on connections that have just been accepted
+	// A second for the first requests on connections that have just been accepted.
+	for i := 0; i < 100 && (s.serving.Load() > 0 || s.hasUnused()); i++ {
+		time.Sleep(tick)
+	}
 }
 
-// pause waits for data that is under way, about as long as a slow round trip. It
-// sleeps in steps, so that there is time to read what arrived while the whole
-// process was suspended.
-func pause() {
-	for range 10 {
-		time.Sleep(10 * time.Millisecond)
-	}
+// hasUnused reports whether there is a connection on which no request has arrived.
+func (s *Server) hasUnused() (found bool) {
+	s.unusedConns.Range(func(any, any) bool { found = true; return false })
+	return found
 }

@@ -48,6 +48,9 @@ func NewStore(db *sql.DB) *Store {
 func (s *Store) Migrate(ctx context.Context) error {
 	// A start that has waited for another one must see what that has committed.
 	_, err := s.db.ExecContext(ctx, "SET TRANSACTION ISOLATION LEVEL READ COMMITTED; "+schema)
+	if err == nil {
+		_, err = s.qualify(ctx, "") // finds the schema, so that no request has to
+	}
 	if err != nil && (ctx.Err() != nil || transient(err)) {
 		err = fmt.Errorf("%w: %w", ErrUnavailable, err)
 	}

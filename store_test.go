@@ -12,6 +12,7 @@ import (
 	"fmt"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"strings"
 	"sync"
 	"testing"
@@ -45,7 +46,7 @@ func applySchema(t *testing.T, dbURL string) (schema string, err error) {
 	return findSchema(ctx, db)
 }
 
-// The previous version made this schema.
+// The previous version made this schema, and a constraint against blank titles.
 const previousSchema = `
 	CREATE TABLE tasks (
 		id uuid PRIMARY KEY, user_id text CHECK (char_length(user_id) BETWEEN 1 AND 255),
@@ -73,7 +74,7 @@ func TestMigrateStanding(t *testing.T) {
 		"previous version":    "DROP TABLE tasks;" + previousSchema,
 		"event trigger":       forbidDDL,
 		"other index options": "ALTER INDEX tasks_user_id_id SET (fillfactor = 70); ALTER INDEX tasks_idempotency_key RENAME TO k",
-		"other columns":       "ALTER TABLE tasks DROP description, ADD description text, ADD due date, ADD n int NOT NULL DEFAULT 1",
+		"other columns":       "ALTER TABLE tasks DROP description, ADD description text, ADD due date, ADD n int NOT NULL DEFAULT 1, ADD m int GENERATED ALWAYS AS IDENTITY",
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
@@ -89,7 +90,7 @@ func TestMigrateStanding(t *testing.T) {
 				}
 				return s
 			}
-			before, unlock := state(), lockTasks(t, dbURL, "LOCK TABLE tasks IN EXCLUSIVE MODE") // reads go on
+			before, unlock := state(), lockTasks(t, dbURL, "LOCK TABLE tasks IN EXCLUSIVE MODE; SELECT pg_advisory_xact_lock(hashtext('tasks schema'))")
 			for _, url := range []string{dbURL, roleURL, dbURL + " default_transaction_read_only=on"} {
 				if schema, err := applySchema(t, url); err != nil || schema != "public" {
 					t.Errorf("schema %q, %v", schema, err)
@@ -125,6 +126,7 @@ func TestMigrateStandby(t *testing.T) {
 func TestMigrateRefuses(t *testing.T) {
 	t.Parallel()
 	dbURL := newDatabase(t)
+	_, prefix := newRole(t, dbURL)
 	db := open(t, dbURL)
 	defer db.Close()
 	const sqlModel = `CREATE TABLE tasks (id serial PRIMARY KEY, user_id varchar, title varchar NOT NULL, description varchar,
@@ -143,6 +145,7 @@ func TestMigrateRefuses(t *testing.T) {
 		{"nothing granted", "$schema", "GRANT SELECT, INSERT, UPDATE, DELETE ON"},
 		{"not the owner, index missing", "$schema; GRANT ALL ON tasks TO $role; GRANT CREATE ON SCHEMA $here TO $role; DROP INDEX tasks_idempotency_key",
 			`there is no index $here.tasks_idempotency_key, and role "$role" may not create it`},
+		{"no privilege to create, index missing", "$schema; ALTER TABLE tasks OWNER TO $role; DROP INDEX tasks_user_id_id", "there is no index $here.tasks_user_id_id, and"},
 		{"index invalid", "$schema; ALTER TABLE tasks OWNER TO $role; GRANT CREATE ON SCHEMA $here TO $role; UPDATE pg_index SET indisvalid = false WHERE indexrelid = 'tasks_user_id_id'::regclass",
 			"DROP INDEX $here.tasks_user_id_id"},
 		{"index on other columns", "$schema; ALTER TABLE tasks OWNER TO $role; DROP INDEX tasks_idempotency_key; CREATE UNIQUE INDEX tasks_idempotency_key ON tasks (user_id, idempotency_key)",
@@ -150,15 +153,14 @@ func TestMigrateRefuses(t *testing.T) {
 		{"index not unique", "$schema; ALTER TABLE tasks OWNER TO $role; DROP INDEX tasks_idempotency_key; CREATE INDEX tasks_idempotency_key ON tasks (coalesce(user_id, ''), idempotency_key) WHERE idempotency_key IS NOT NULL",
 			"DROP INDEX $here.tasks_idempotency_key"},
 		{"no primary key", "$schema; GRANT ALL ON tasks TO $role; ALTER TABLE tasks DROP CONSTRAINT tasks_pkey", "no index $here.tasks_id,"},
-		{"column missing", "$schema; GRANT ALL ON tasks TO $role; ALTER TABLE tasks DROP description", `table $here.tasks has no column "description text":`},
-		{"column of another type", "$schema; GRANT ALL ON tasks TO $role; ALTER TABLE tasks ALTER version TYPE int", `no column "version bigint NOT NULL":`},
-		{"column that may be null", "$schema; GRANT ALL ON tasks TO $role; ALTER TABLE tasks ALTER version DROP NOT NULL", `no column "version bigint NOT NULL":`},
-		{"column that may not be null", "$schema; GRANT ALL ON tasks TO $role; ALTER TABLE tasks ADD due date NOT NULL", `column "due date NOT NULL", which has no default:`},
-		{"SQLModel's table", sqlModel + "; ALTER TABLE tasks OWNER TO $role; GRANT CREATE ON SCHEMA $here TO $role", `no column "id uuid NOT NULL", no column "user_id text"`},
-		{"SQLModel's table, way out", sqlModel, `README, "Coming from SQLModel"`},
-		{"view", "CREATE VIEW tasks AS SELECT 1 AS id", "$here.tasks is not a table"},
+		{"column missing", "$schema; GRANT ALL ON tasks TO $role; ALTER TABLE tasks DROP description", `table $here.tasks does not fit this service: alter it, set another search_path, or carry its tasks over (README, "Coming from SQLModel"); it has no column "description text" (`},
+		{"column of another type", "$schema; GRANT ALL ON tasks TO $role; ALTER TABLE tasks ALTER version TYPE int", `has column "version integer NOT NULL", not "version bigint NOT NULL" (`},
+		{"column that may be null", "$schema; GRANT ALL ON tasks TO $role; ALTER TABLE tasks ALTER version DROP NOT NULL", `has column "version bigint", not "version bigint NOT NULL" (`},
+		{"column that may not be null", "$schema; GRANT ALL ON tasks TO $role; ALTER TABLE tasks ADD due date NOT NULL", `has column "due date NOT NULL" without a default (`},
+		{"SQLModel's table", sqlModel + "; ALTER TABLE tasks OWNER TO $role; GRANT CREATE ON SCHEMA $here TO $role", `column "id integer NOT NULL", not "id uuid NOT NULL", `},
+		{"view", "CREATE VIEW tasks AS SELECT 1 AS id", "$here.tasks is not an ordinary table"},
 	} {
-		here, role := fmt.Sprint("schema_", i), fmt.Sprintf("role_%d_%d", testServer.databases, i)
+		here, role := fmt.Sprint("schema_", i), fmt.Sprint(prefix, "_", i)
 		fill := strings.NewReplacer("$role", role, "$here", here, "$schema", schema)
 		execSQL(t, dbURL, fill.Replace("CREATE SCHEMA $here; CREATE ROLE $role LOGIN; GRANT USAGE ON SCHEMA $here TO $role"))
 		url := dbURL + " search_path=" + here
@@ -194,20 +196,24 @@ func TestMigrateIndex(t *testing.T) {
 	}
 }
 
-// Starts that come together make the schema once, whatever isolation they have.
+// Starts that come together make the schema once, and a missing index, whatever
+// isolation they have.
 func TestMigrateTogether(t *testing.T) {
 	t.Parallel()
 	for _, isolation := range []string{"read committed", "serializable"} {
 		dbURL := newDatabase(t) + " default_transaction_isolation='" + isolation + "'"
-		together(8, func(int) {
-			waitFor(t, "the schema", func() bool {
-				_, err := applySchema(t, dbURL)
-				if err != nil && sqlState(err) != "55P03" { // a start waits for a second
-					t.Error(isolation, err)
-				}
-				return err == nil
+		for _, before := range []string{"SELECT", "DROP INDEX tasks_user_id_id"} {
+			execSQL(t, dbURL, before)
+			together(8, func(int) {
+				waitFor(t, "the schema", func() bool {
+					_, err := applySchema(t, dbURL)
+					if err != nil && sqlState(err) != "55P03" { // a start waits for a second
+						t.Error(isolation, err)
+					}
+					return err == nil
+				})
 			})
-		})
+		}
 	}
 }
 
@@ -261,6 +267,18 @@ func TestMigrateSearchPath(t *testing.T) {
 	}
 }
 
+func TestMigrateEncoding(t *testing.T) {
+	t.Parallel()
+	dbURL := newDatabase(t)
+	name := "ascii_of_" + regexp.MustCompile("dbname=([^ ]*)").FindStringSubmatch(dbURL)[1]
+	execSQL(t, dbURL, "CREATE DATABASE "+name+" ENCODING 'SQL_ASCII' TEMPLATE template0")
+	t.Cleanup(func() { execSQL(t, testServer.URL, "DROP DATABASE "+name+" WITH (FORCE)") })
+	_, err := applySchema(t, strings.Replace(dbURL, "dbname=", "dbname="+name+" application_name=", 1))
+	if err == nil || !strings.Contains(err.Error(), "encoding of the database is SQL_ASCII, not UTF8") {
+		t.Error(err)
+	}
+}
+
 // psql makes the same schema.
 func TestSchemaByHand(t *testing.T) {
 	t.Parallel()
@@ -270,7 +288,7 @@ func TestSchemaByHand(t *testing.T) {
 		t.Fatal(err)
 	}
 	psql := exec.Command(filepath.Dir(pgCtlPath)+"/psql", "-X", "-v", "ON_ERROR_STOP=1", "-d", dbURL, "-f", "schema.sql")
-	if out, err := psql.CombinedOutput(); err != nil || string(out) != "DO\n" {
+	if out, err := psql.CombinedOutput(); err != nil || string(out) != "DO\nDO\n" {
 		t.Fatalf("%v\n%s", err, out)
 	}
 	execSQL(t, dbURL, forbidDDL)
