@@ -122,7 +122,7 @@ func (h *Handler) readBody(w http.ResponseWriter, r *http.Request) ([]byte, erro
 	}
 	// Where deadlines are not supported, those of the server apply.
 	timeout := h.opts.RequestTimeout / 10 * 8 // leaves time for the database
-	http.NewResponseController(w).SetReadDeadline(time.Now().Add(timeout))
+	_ = http.NewResponseController(w).SetReadDeadline(time.Now().Add(timeout))
 	var body []byte
 	var err error
 	if r.ContentLength <= maxBody {

@@ -99,7 +99,7 @@ func (b *trackedBody) Read(p []byte) (int, error) {
 // client might lose the response (golang.org/issue/3595).
 func closeUnread(w http.ResponseWriter) {
 	w.Header().Set("Connection", "close")
-	io.Copy(io.Discard, http.MaxBytesReader(w, io.NopCloser(strings.NewReader("too much")), 0))
+	_, _ = io.Copy(io.Discard, http.MaxBytesReader(w, io.NopCloser(strings.NewReader("too much")), 0))
 }
 
 // setCORS sets what CORS needs on every response.
@@ -209,7 +209,7 @@ func (p *problem) response(requestID string) *response {
 	var body bytes.Buffer
 	enc := json.NewEncoder(&body)
 	enc.SetEscapeHTML(false)
-	enc.Encode(doc) // cannot fail: strings and a number
+	_ = enc.Encode(doc) // cannot fail: strings and a number
 	res := newResponse("application/problem+json", "no-store", body.Bytes())
 	res.status = p.Status
 	maps.Copy(res.header, p.header)
@@ -238,7 +238,7 @@ func (res *response) write(w http.ResponseWriter) {
 		w.Header().Set("Content-Length", strconv.Itoa(len(res.body)))
 	}
 	w.WriteHeader(res.status)
-	w.Write(res.body)
+	_, _ = w.Write(res.body)
 }
 
 // preflight answers a preflight of CORS.
