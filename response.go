@@ -38,7 +38,7 @@ func (rt *route) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	res, err := rt.respond(w, r)
 	if err != nil {
 		p := problemOf(err)
-		if errors.Is(err, ErrUnavailable) && errors.Is(r.Context().Err(), context.Canceled) {
+		if p.Status == http.StatusServiceUnavailable && errors.Is(r.Context().Err(), context.Canceled) {
 			p = refuse(statusClientClosed, "The client closed the connection.")
 		}
 		res = p.response(id)
@@ -54,10 +54,7 @@ func (rt *route) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	if r.Method == http.MethodHead {
 		size = 0 // net/http sends none
 	}
-	_, path, found := strings.Cut(rt.pattern, " ")
-	if !found {
-		path = noRoute
-	}
+	path := rt.pattern[strings.Index(rt.pattern, " ")+1:]
 	elapsed := time.Since(start)
 	rt.h.metrics.observe(path, r.Method, res.status, elapsed)
 	rt.h.log(r, path, res.status, elapsed, size, id, err)
