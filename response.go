@@ -171,6 +171,12 @@ func refuse(status int, format string, args ...any) *problem {
 	return &problem{Type: "about:blank", Title: title, Status: status, Detail: fmt.Sprintf(format, args...)}
 }
 
+// with adds a header field to the response.
+func (p *problem) with(name, value string) *problem {
+	p.header = http.Header{http.CanonicalHeaderKey(name): {value}}
+	return p
+}
+
 // problemOf makes a problem of an error. An error that it does not know is a
 // defect; its text stays in the log.
 func problemOf(err error) *problem {
