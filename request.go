@@ -108,7 +108,7 @@ func (h *Handler) authenticate(r *http.Request) (*string, error) {
 		p.cause = fmt.Errorf("authenticate: %w", err)
 		return nil, p
 	case err != nil:
-		return nil, refuse(http.StatusUnauthorized, "The request is not authenticated.").with("Www-Authenticate", "Bearer")
+		return nil, refuse(http.StatusUnauthorized, "The request is not authenticated.").with("WWW-Authenticate", "Bearer")
 	case !utf8.ValidString(user) || userIDViolations(user) != nil:
 		return nil, refuse(http.StatusForbidden, "The user of the request cannot own tasks.")
 	}

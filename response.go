@@ -167,9 +167,9 @@ func refuse(status int, format string, args ...any) *problem {
 	return &problem{Type: "about:blank", Title: title, Status: status, Detail: fmt.Sprintf(format, args...)}
 }
 
-// with adds a header field to the response that the problem becomes.
+// with adds a header field to the response.
 func (p *problem) with(name, value string) *problem {
-	p.header = http.Header{name: {value}}
+	p.header = http.Header{http.CanonicalHeaderKey(name): {value}}
 	return p
 }
 

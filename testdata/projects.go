@@ -33,16 +33,11 @@ func (p Project) identity() (id string, owner *string, version int64) {
 }
 
 func (p Project) appendJSON(b []byte) []byte {
-	b = append(b, `{"id":"`+p.ID+`","user_id":`...)
-	b = appendString(b, p.UserID)
-	b = append(b, `,"name":`...)
-	b = appendString(b, &p.Name)
-	b = append(b, `,"version":`...)
-	b = strconv.AppendInt(b, p.Version, 10)
-	b = append(b, `,"created_at":`...)
-	b = appendTime(b, p.CreatedAt)
-	b = append(b, `,"updated_at":`...)
-	b = appendTime(b, p.UpdatedAt)
+	b = appendString(append(b, `{"id":"`+p.ID+`","user_id":`...), p.UserID)
+	b = appendString(append(b, `,"name":`...), &p.Name)
+	b = strconv.AppendInt(append(b, `,"version":`...), p.Version, 10)
+	b = appendTime(append(b, `,"created_at":`...), p.CreatedAt)
+	b = appendTime(append(b, `,"updated_at":`...), p.UpdatedAt)
 	return append(b, '}')
 }
 
