@@ -548,7 +548,7 @@ time=T level=INFO msg=stopping
 			for pattern, placeholder := range map[string]string{
 				`(time\W+)20[-0-9]+T[.:0-9]+Z`: "${1}T",
 				`(127\.0\.0\.1:)\d+`:           "${1}PORT",
-				`(duration\W+)[.0-9a-zµ]+`:     "${1}D",
+				`(duration_ms\W+)[.0-9]+`:      "${1}D",
 				`(bytes\W+)\d+`:                "${1}N",
 			} {
 				got = regexp.MustCompile(pattern).ReplaceAllString(got, placeholder)

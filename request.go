@@ -87,8 +87,10 @@ func (h *Handler) api(do operation, params, accepts []string) endpoint {
 			req.body = body
 		}
 		res, err := do(req)
-		if errors.Is(err, ErrPrecondition) && req.badIfMatch() {
-			err = refuse(http.StatusPreconditionFailed, `If-Match has no tag that can match. Send "<version>", with the version that you have read.`)
+		if errors.Is(err, ErrPrecondition) {
+			if match := req.target().Match; match != nil && len(match) == 0 {
+				err = refuse(http.StatusPreconditionFailed, `If-Match has no tag that can match. Send "<version>", with the version that you have read.`)
+			}
 		}
 		return res, err
 	}
@@ -122,18 +124,18 @@ func (h *Handler) readBody(w http.ResponseWriter, r *http.Request) ([]byte, erro
 	timeout := h.opts.RequestTimeout / 10 * 8 // leaves time for the database
 	_ = http.NewResponseController(w).SetReadDeadline(time.Now().Add(timeout))
 	var body []byte
-	var err error
+	var err error = &http.MaxBytesError{Limit: maxBody}
 	if r.ContentLength <= maxBody {
-		body, err = io.ReadAll(io.LimitReader(r.Body, maxBody+1))
+		body, err = io.ReadAll(http.MaxBytesReader(w, r.Body, maxBody))
 	}
-	_, tooLarge := errors.AsType[*http.MaxBytesError](err) // of an outer handler
-	_, broken := errors.AsType[net.Error](err)
+	large, tooLarge := errors.AsType[*http.MaxBytesError](err) // or of an outer handler
+	_, closed := errors.AsType[*net.OpError](err)
 	switch {
-	case tooLarge || r.ContentLength > maxBody || len(body) > maxBody:
-		return nil, refuse(http.StatusRequestEntityTooLarge, "The body is larger than %d bytes.", maxBody)
+	case tooLarge:
+		return nil, refuse(http.StatusRequestEntityTooLarge, "The body is larger than %d bytes.", large.Limit)
 	case errors.Is(err, os.ErrDeadlineExceeded):
 		return nil, refuse(http.StatusRequestTimeout, "The body did not arrive within %v.", timeout)
-	case errors.Is(err, io.ErrUnexpectedEOF) || broken:
+	case closed || errors.Is(err, io.ErrUnexpectedEOF):
 		return nil, refuse(statusClientClosed, "The body ended unexpectedly.")
 	case err != nil:
 		return nil, malformedError("The body could not be read: " + err.Error() + ".")
@@ -300,12 +302,6 @@ func (r *request) target() Target {
 		t.NoneMatch, t.NoneMatchAny = versions(tags), star
 	}
 	return t
-}
-
-// badIfMatch reports whether the request has an If-Match that matches no version.
-func (r *request) badIfMatch() bool {
-	match := r.target().Match
-	return match != nil && len(match) == 0
 }
 
 // etag returns the entity tag of a version, a strong one.

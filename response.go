@@ -38,7 +38,7 @@ func (rt *route) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	res, err := rt.respond(w, r)
 	if err != nil {
 		p := problemOf(err)
-		if errors.Is(err, ErrUnavailable) && errors.Is(r.Context().Err(), context.Canceled) {
+		if p.Status == http.StatusServiceUnavailable && errors.Is(r.Context().Err(), context.Canceled) {
 			p = refuse(statusClientClosed, "The client closed the connection.")
 		}
 		res = p.response(id)
@@ -54,10 +54,7 @@ func (rt *route) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	if r.Method == http.MethodHead {
 		size = 0 // net/http sends none
 	}
-	_, path, found := strings.Cut(rt.pattern, " ")
-	if !found {
-		path = noRoute
-	}
+	path := rt.pattern[strings.Index(rt.pattern, " ")+1:]
 	elapsed := time.Since(start)
 	rt.h.metrics.observe(path, r.Method, res.status, elapsed)
 	rt.h.log(r, path, res.status, elapsed, size, id, err)
@@ -121,7 +118,6 @@ func (h *Handler) setCORS(header http.Header, r *http.Request) {
 
 // log writes the line of a request, with the cause of a 5xx.
 func (h *Handler) log(r *http.Request, path string, status int, elapsed time.Duration, size int, id string, err error) {
-	level := slog.LevelInfo
 	attrs := []slog.Attr{
 		slog.String("method", r.Method),
 		slog.String("route", path),
@@ -130,9 +126,9 @@ func (h *Handler) log(r *http.Request, path string, status int, elapsed time.Dur
 		slog.Int("bytes", size),
 		slog.String("request_id", id),
 	}
+	level := slog.LevelInfo
 	if status >= 500 {
-		attrs = append(attrs, slog.String("error", err.Error()))
-		level = slog.LevelError
+		attrs, level = append(attrs, slog.String("error", err.Error())), slog.LevelError
 		if _, refused := errors.AsType[*problem](err); refused { // busy or stopping, which is no fault
 			level = slog.LevelWarn
 		}
