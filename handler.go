@@ -1,3 +1,7 @@
+// Package tasks keeps tasks in PostgreSQL and serves them as a REST API, which
+// openapi.json describes: [OpenDB] connects, a [Store] keeps the tasks, a
+// [Handler] serves them under any router, and a [Server] stops without losing a
+// request.
 package main
 
 // handler.go is the API: the options, the routes, and what each operation does,
@@ -83,7 +87,7 @@ func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 }
 
 // endpoint answers a request. It returns an error in place of a response that
-// says what went wrong; see [problemOf].
+// says what went wrong; see problemOf.
 type endpoint func(w http.ResponseWriter, r *http.Request) (*response, error)
 
 // route is a pattern of [http.ServeMux] and its endpoint.

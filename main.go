@@ -29,7 +29,6 @@ import (
 	"runtime/debug"
 	"strconv"
 	"strings"
-	"sync/atomic"
 	"syscall"
 	"time"
 )
@@ -60,9 +59,7 @@ func main() {
 	if err == nil {
 		return
 	}
-	stderr := newLogWriter(os.Stderr, nil)
-	fmt.Fprintln(stderr, "tasks:", err)
-	stderr.flush()
+	fmt.Fprintln(os.Stderr, "tasks:", err)
 	if _, ok := errors.AsType[usageError](err); ok {
 		os.Exit(2)
 	}
@@ -86,12 +83,9 @@ func run(ctx context.Context, args []string, getenv func(string) string, stdout 
 	case flags.NArg() > 0:
 		return usageError{fmt.Errorf("unexpected argument %q; settings are environment variables, see -h", flags.Arg(0))}
 	}
-	var cfg config
-	log := newLogWriter(stdout, func(lines int64) {
-		cfg.options.Logger.Warn("log lines were dropped, the log could not be written", "lines", lines)
-	})
-	defer log.flush()
-	cfg, err = configure(getenv, log)
+	log, flushed := newLogWriter(stdout)
+	defer log.flush(flushed)
+	cfg, err := configure(getenv, log)
 	if err != nil {
 		return usageError{err}
 	}
@@ -205,10 +199,7 @@ func configure(getenv func(string) string, stdout io.Writer) (cfg config, err er
 	opts := &slog.HandlerOptions{Level: cfg.logLevel}
 	cfg.options.Logger, cfg.hints = slog.New(slog.NewTextHandler(stdout, opts)), stdout
 	if cfg.logFormat == "json" {
-		cfg.options.Logger = slog.New(slog.NewJSONHandler(stdout, opts))
-	}
-	if cfg.logFormat == "json" || cfg.logLevel > slog.LevelInfo {
-		cfg.hints = io.Discard
+		cfg.options.Logger, cfg.hints = slog.New(slog.NewJSONHandler(stdout, opts)), io.Discard
 	}
 	return cfg, nil
 }
@@ -393,48 +384,38 @@ func migrate(ctx context.Context, store *Store, log *slog.Logger) error {
 }
 
 // logWriter writes lines in the background, so that a reader of the log that
-// does not read holds up neither requests nor a stop.
-type logWriter struct {
-	lines   chan []byte
-	dropped atomic.Int64  // lines that found too many others waiting
-	flushed chan struct{} // closed once all lines before an empty one are written
-}
+// does not read holds up neither requests nor a stop. Lines that find 10,000
+// others waiting are lost.
+type logWriter chan []byte
 
-// newLogWriter returns a logWriter for w. When w takes lines again after some
-// were dropped, report is called with their number.
-func newLogWriter(w io.Writer, report func(lines int64)) *logWriter {
-	l := &logWriter{lines: make(chan []byte, 10_000), flushed: make(chan struct{})}
+func newLogWriter(w io.Writer) (l logWriter, flushed <-chan struct{}) {
+	l, done := make(logWriter, 10_000), make(chan struct{})
 	go func() {
-		defer close(l.flushed)
-		for line := range l.lines {
-			if len(line) == 0 {
+		defer close(done)
+		for line := range l {
+			if line == nil {
 				return
 			}
 			w.Write(line) // there is no place to report an error
-			if len(l.lines) == 0 && l.dropped.Load() > 0 {
-				report(l.dropped.Swap(0))
-			}
 		}
 	}()
-	return l
+	return l, done
 }
 
 // Write takes a line. It does not wait and does not fail.
-func (l *logWriter) Write(line []byte) (int, error) {
+func (l logWriter) Write(line []byte) (int, error) {
 	select {
-	case l.lines <- bytes.Clone(line):
+	case l <- bytes.Clone(line):
 	default:
-		l.dropped.Add(1)
 	}
 	return len(line), nil
 }
 
-// flush waits until the lines so far are written, for a second at most. Lines
-// that come later are not written.
-func (l *logWriter) flush() {
-	go func() { l.lines <- nil }()
+// flush waits until the lines so far are written, for a second at most.
+func (l logWriter) flush(flushed <-chan struct{}) {
+	go func() { l <- nil }()
 	select {
-	case <-l.flushed:
+	case <-flushed:
 	case <-time.After(time.Second):
 	}
 }

@@ -638,27 +638,6 @@ func TestLogWithoutReader(t *testing.T) {
 	}
 }
 
-// Lines are dropped while nobody reads them, and then counted.
-func TestLogWriter(t *testing.T) {
-	t.Parallel()
-	reader, writer := io.Pipe()
-	var l *logWriter
-	l = newLogWriter(writer, func(lines int64) { fmt.Fprintln(l, lines) })
-	const written = 20_000
-	for range written {
-		fmt.Fprintln(l, "line")
-	}
-	lines, r := 0, bufio.NewReader(reader)
-	line, _ := r.ReadString('\n')
-	for ; line == "line\n"; lines++ {
-		line, _ = r.ReadString('\n')
-	}
-	l.flush()
-	if line != fmt.Sprintln(written-lines) || lines == written {
-		t.Errorf("after %d of %d lines: %s", lines, written, line)
-	}
-}
-
 // A signal stops the program once SHUTDOWN_DELAY has passed and the request in
 // flight has been answered, or when SHUTDOWN_TIMEOUT has passed. A second one
 // ends it.

@@ -122,20 +122,20 @@ func (h *Handler) readBody(w http.ResponseWriter, r *http.Request) ([]byte, erro
 	}
 	// Where deadlines are not supported, those of the server apply.
 	timeout := h.opts.RequestTimeout / 10 * 8 // leaves time for the database
-	http.NewResponseController(w).SetReadDeadline(time.Now().Add(timeout))
+	_ = http.NewResponseController(w).SetReadDeadline(time.Now().Add(timeout))
 	var body []byte
-	var err error
+	var err error = &http.MaxBytesError{Limit: maxBody}
 	if r.ContentLength <= maxBody {
-		body, err = io.ReadAll(io.LimitReader(r.Body, maxBody+1))
+		body, err = io.ReadAll(http.MaxBytesReader(w, r.Body, maxBody))
 	}
-	_, tooLarge := errors.AsType[*http.MaxBytesError](err) // of an outer handler
-	_, broken := errors.AsType[net.Error](err)
+	large, tooLarge := errors.AsType[*http.MaxBytesError](err) // or of an outer handler
+	_, closed := errors.AsType[*net.OpError](err)
 	switch {
-	case tooLarge || r.ContentLength > maxBody || len(body) > maxBody:
-		return nil, refuse(http.StatusRequestEntityTooLarge, "The body is larger than %d bytes.", maxBody)
+	case tooLarge:
+		return nil, refuse(http.StatusRequestEntityTooLarge, "The body is larger than %d bytes.", large.Limit)
 	case errors.Is(err, os.ErrDeadlineExceeded):
 		return nil, refuse(http.StatusRequestTimeout, "The body did not arrive within %v.", timeout)
-	case errors.Is(err, io.ErrUnexpectedEOF) || broken:
+	case closed || errors.Is(err, io.ErrUnexpectedEOF):
 		return nil, refuse(statusClientClosed, "The body ended unexpectedly.")
 	case err != nil:
 		return nil, malformedError("The body could not be read: " + err.Error() + ".")

@@ -38,7 +38,7 @@ func (rt *route) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	res, err := rt.respond(w, r)
 	if err != nil {
 		p := problemOf(err)
-		if errors.Is(err, ErrUnavailable) && errors.Is(r.Context().Err(), context.Canceled) {
+		if p.Status == http.StatusServiceUnavailable && errors.Is(r.Context().Err(), context.Canceled) {
 			p = refuse(statusClientClosed, "The client closed the connection.")
 		}
 		res = p.response(id)
@@ -54,10 +54,7 @@ func (rt *route) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	if r.Method == http.MethodHead {
 		size = 0 // net/http sends none
 	}
-	_, path, found := strings.Cut(rt.pattern, " ")
-	if !found {
-		path = noRoute
-	}
+	path := rt.pattern[strings.Index(rt.pattern, " ")+1:]
 	elapsed := time.Since(start)
 	rt.h.metrics.observe(path, r.Method, res.status, elapsed)
 	rt.h.log(r, path, res.status, elapsed, size, id, err)
@@ -99,7 +96,7 @@ func (b *trackedBody) Read(p []byte) (int, error) {
 // client might lose the response (golang.org/issue/3595).
 func closeUnread(w http.ResponseWriter) {
 	w.Header().Set("Connection", "close")
-	io.Copy(io.Discard, http.MaxBytesReader(w, io.NopCloser(strings.NewReader("too much")), 0))
+	_, _ = io.Copy(io.Discard, http.MaxBytesReader(w, io.NopCloser(strings.NewReader("too much")), 0))
 }
 
 // setCORS sets what CORS needs on every response.
@@ -209,7 +206,7 @@ func (p *problem) response(requestID string) *response {
 	var body bytes.Buffer
 	enc := json.NewEncoder(&body)
 	enc.SetEscapeHTML(false)
-	enc.Encode(doc) // cannot fail: strings and a number
+	_ = enc.Encode(doc) // cannot fail: strings and a number
 	res := newResponse("application/problem+json", "no-store", body.Bytes())
 	res.status = p.Status
 	maps.Copy(res.header, p.header)
@@ -238,7 +235,7 @@ func (res *response) write(w http.ResponseWriter) {
 		w.Header().Set("Content-Length", strconv.Itoa(len(res.body)))
 	}
 	w.WriteHeader(res.status)
-	w.Write(res.body)
+	_, _ = w.Write(res.body)
 }
 
 // preflight answers a preflight of CORS.

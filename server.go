@@ -1,5 +1,8 @@
 package main
 
+// server.go is the HTTP server: limits against slow clients, and a stop that
+// loses no request.
+
 import (
 	"context"
 	"log/slog"
@@ -73,31 +76,15 @@ func (s *Server) setConnState(c net.Conn, state http.ConnState) {
 }
 
 // Serve is like [http.Server.Serve]. It returns [http.ErrServerClosed] as soon as
-// Shutdown has closed l, and so do the methods below.
+// Shutdown has closed l; the other methods that listen return l's error then.
 func (s *Server) Serve(l net.Listener) error {
-	return s.serve(func() error { return s.Server.Serve(l) })
-}
-
-// ServeTLS is like [http.Server.ServeTLS].
-func (s *Server) ServeTLS(l net.Listener, cert, key string) error {
-	return s.serve(func() error { return s.Server.ServeTLS(l, cert, key) })
-}
-
-// ListenAndServe is like [http.Server.ListenAndServe].
-func (s *Server) ListenAndServe() error { return s.serve(s.Server.ListenAndServe) }
-
-// ListenAndServeTLS is like [http.Server.ListenAndServeTLS].
-func (s *Server) ListenAndServeTLS(cert, key string) error {
-	return s.serve(func() error { return s.Server.ListenAndServeTLS(cert, key) })
-}
-
-func (s *Server) serve(serve func() error) error {
 	s.serving.Add(1)
 	defer s.serving.Add(-1)
-	if err := serve(); !s.closing.Load() {
-		return err
+	err := s.Server.Serve(l)
+	if s.closing.Load() {
+		return http.ErrServerClosed
 	}
-	return http.ErrServerClosed
+	return err
 }
 
 func (s *Server) addListener(l net.Listener) context.Context {
@@ -122,12 +109,12 @@ func (s *Server) Shutdown(ctx context.Context) error {
 	case <-s.drained():
 		s.closeListeners()
 	}
-	for _, c := range s.unused() { // net/http would wait 5 s for them
-		c.Close()
+	for c := range s.unusedConns.Range { // net/http would wait 5 s for them
+		_ = c.(net.Conn).Close()
 	}
 	err := s.Server.Shutdown(ctx)
 	if err != nil {
-		s.Close()
+		_ = s.Close()
 	}
 	return err
 }
@@ -153,23 +140,21 @@ func (s *Server) drained() <-chan struct{} {
 // have not been accepted when their listener is closed.
 func (s *Server) closeListeners() {
 	s.mu.Lock()
-	for range 10 { // 0.1 s in steps, so that a process that was suspended reads what has arrived
+	for range 10 { // in steps, so that a process that was suspended reads what has arrived
 		time.Sleep(tick)
 	}
 	for _, l := range s.listeners {
-		l.Close()
+		_ = l.Close()
 	}
 	s.mu.Unlock()
 	// A second for the first requests on connections that have just been accepted.
-	for i := 0; i < 100 && (s.serving.Load() > 0 || len(s.unused()) > 0); i++ {
+	for i := 0; i < 100 && (s.serving.Load() > 0 || s.hasUnused()); i++ {
 		time.Sleep(tick)
 	}
 }
 
-// unused returns the connections on which no request has arrived.
-func (s *Server) unused() (conns []net.Conn) {
-	for c := range s.unusedConns.Range {
-		conns = append(conns, c.(net.Conn))
-	}
-	return conns
+// hasUnused reports whether there is a connection on which no request has arrived.
+func (s *Server) hasUnused() (found bool) {
+	s.unusedConns.Range(func(any, any) bool { found = true; return false })
+	return found
 }

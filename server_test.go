@@ -5,13 +5,11 @@ package main
 import (
 	"bufio"
 	"context"
-	"crypto/tls"
 	"fmt"
 	"io"
 	"math/rand/v2"
 	"net"
 	"net/http"
-	"net/http/httptest"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -132,61 +130,31 @@ func TestShutdownUnusedConnection(t *testing.T) {
 	}
 }
 
-// However a server is started, Shutdown ends it, before and after too.
-func TestShutdownEachServe(t *testing.T) {
+// Serve says that Shutdown has ended it, also when it comes afterwards.
+func TestShutdownTwice(t *testing.T) {
 	t.Parallel()
 	a := newAPI(t, Options{})
-	withTLS := httptest.NewTLSServer(nil)
-	withTLS.Close()
-	for name, serve := range map[string]func(s *Server) error{
-		"Serve":             func(s *Server) error { return s.Serve(listen(t, s.Addr)) },
-		"ServeTLS":          func(s *Server) error { return s.ServeTLS(listen(t, s.Addr), "", "") },
-		"ListenAndServe":    func(s *Server) error { return s.ListenAndServe() },
-		"ListenAndServeTLS": func(s *Server) error { return s.ListenAndServeTLS("", "") },
-	} {
-		t.Run(name, func(t *testing.T) {
-			t.Parallel()
-			server := NewServer(a.Handler, a.Handler)
-			server.Addr, server.TLSConfig = "127.0.0.1:0", &tls.Config{Certificates: withTLS.TLS.Certificates}
-			ended := make(chan error, 1)
-			go func() { ended <- serve(server) }()
-			var addr string
-			waitFor(t, "a listener", func() bool {
-				server.mu.RLock()
-				defer server.mu.RUnlock()
-				for _, l := range server.listeners {
-					addr = l.Addr().String()
-				}
-				return addr != ""
-			})
-			scheme, proto := "http", "HTTP/1.1"
-			if strings.HasSuffix(name, "TLS") {
-				scheme, proto = "https", "HTTP/2.0"
-			}
-			transport := &http.Transport{TLSClientConfig: &tls.Config{InsecureSkipVerify: true}, ForceAttemptHTTP2: true}
-			resp, err := (&http.Client{Transport: transport}).Get(scheme + "://" + addr + "/healthz")
-			if err != nil {
-				t.Fatal(err)
-			}
-			resp.Body.Close()
-			if resp.StatusCode != http.StatusOK || resp.Proto != proto {
-				t.Errorf("%s %s, want %s", resp.Proto, resp.Status, proto)
-			}
-			for range 2 {
-				if err := server.Shutdown(t.Context()); err != nil {
-					t.Errorf("Shutdown: %v", err)
-				}
-			}
-			for _, err := range []error{<-ended, serve(server)} {
-				if err != http.ErrServerClosed {
-					t.Errorf("%s: %v", name, err)
-				}
-			}
-			if conn, err := net.Dial("tcp", addr); err == nil {
-				conn.Close()
-				t.Error("there is still a listener")
-			}
-		})
+	server, l := NewServer(a.Handler, a.Handler), listen(t, "127.0.0.1:0")
+	ended := make(chan error, 1)
+	go func() { ended <- server.Serve(l) }()
+	resp, err := http.Get("http://" + l.Addr().String() + "/healthz")
+	if err != nil {
+		t.Fatal(err)
+	}
+	resp.Body.Close()
+	for range 2 {
+		if err := server.Shutdown(t.Context()); err != nil {
+			t.Errorf("Shutdown: %v", err)
+		}
+	}
+	for _, err := range []error{<-ended, server.Serve(listen(t, "127.0.0.1:0"))} {
+		if err != http.ErrServerClosed {
+			t.Errorf("Serve: %v", err)
+		}
+	}
+	if conn, err := net.Dial("tcp", l.Addr().String()); err == nil {
+		conn.Close()
+		t.Error("there is still a listener")
 	}
 }
 

@@ -22,36 +22,27 @@ import (
 
 func TestDecodeErrors(t *testing.T) {
 	t.Parallel()
-	newTask := func(body []byte) (any, error) { return decodeTaskDraft(body) }
-	replacement := func(body []byte) (any, error) { return decodeReplacement(body) }
-	patch := func(body []byte) (any, error) { return decodeTaskPatch(body) }
-	completion := func(body []byte) (any, error) { return decodeCompletion(body) }
-	for _, tt := range []struct {
-		name   string
-		decode func([]byte) (any, error)
-		body   string
-		want   string
-	}{
-		{"nothing", newTask, "", "A body is required."},
-		{"not UTF-8", newTask, "\"\xff\"", "The body is not valid JSON: invalid UTF-8."},
-		{"twice", patch, `{"a\"":1,"\u0061\"":2}`, `The body is not valid JSON: the member "a\"" is repeated.`},
-		{"surrogate", patch, `{"title":"\udead"}`, `The body is not valid JSON: a \u escape that is half of a surrogate pair.`},
-		{"no object", patch, ` []`, "#: must be an object"},
-		{"missing", replacement, `{}`, "#/title: is required"},
-		{"null", patch, `{"title":null}`, "#/title: must not be null"},
-		{"no string", patch, `{"description":[]}`, "#/description: must be a string"},
-		{"no boolean", completion, `{"completed":"true"}`, "#/completed: must be true or false; or send no body"},
-		{"missing completion", completion, `{}`, "#/completed: is required; or send no body"},
-		{"unknown", completion, `{"completed":true,"title":"a"}`, "#/title: unknown member"},
-		{"blank", patch, `{"title":"\u2003"}`, "#/title: must not be blank"},
-		{"empty", newTask, `{"title":"a","user_id":""}`, "#/user_id: must not be empty"},
-		{"long", patch, `{"title":"` + strings.Repeat("é", 201) + `"}`, "#/title: must have at most 200 characters"},
-		{"U+0000", patch, `{"description":"\u0000"}`, "#/description: must not contain U+0000"},
-		{"all", newTask, `{"title":"","description":0,"completed":null,"user_id":false,"b":0,"B":0}`,
+	all := readings()
+	for _, tt := range []struct{ operation, body, want string }{
+		{"POST", "", "A body is required."},
+		{"POST", "\"\xff\"", "The body is not valid JSON: invalid UTF-8."},
+		{"PATCH", `{"a\"":1,"\u0061\"":2}`, `The body is not valid JSON: the member "a\"" is repeated.`},
+		{"PATCH", `{"title":"\udead"}`, `The body is not valid JSON: a \u escape that is half of a surrogate pair.`},
+		{"PATCH", ` []`, "#: must be an object"},
+		{"PUT", `{}`, "#/title: is required"},
+		{"PATCH", `{"title":null}`, "#/title: must not be null"},
+		{"PATCH", `{"description":[]}`, "#/description: must be a string"},
+		{"complete", `{"completed":"true"}`, "#/completed: must be true or false; or send no body"},
+		{"complete", `{}`, "#/completed: is required; or send no body"},
+		{"PATCH", `{"title":"\u2003"}`, "#/title: must not be blank"},
+		{"POST", `{"title":"a","user_id":""}`, "#/user_id: must not be empty"},
+		{"PATCH", `{"title":"` + strings.Repeat("é", 201) + `"}`, "#/title: must have at most 200 characters"},
+		{"PATCH", `{"description":"\u0000"}`, "#/description: must not contain U+0000"},
+		{"POST", `{"title":"","description":0,"completed":null,"user_id":false,"b":0,"B":0}`,
 			"#/user_id: must be a string; #/title: must not be blank; #/description: must be a string; #/completed: must not be null; " +
 				"#/B: unknown member; #/b: unknown member"},
 	} {
-		_, err := tt.decode([]byte(tt.body))
+		_, err := all[tt.operation].decode([]byte(tt.body))
 		got := fmt.Sprint(err)
 		if invalid, ok := err.(InvalidError); ok {
 			var lines []string
@@ -61,7 +52,7 @@ func TestDecodeErrors(t *testing.T) {
 			got = strings.Join(lines, "; ")
 		}
 		if got != tt.want {
-			t.Errorf("%s:\n got %s\nwant %s", tt.name, got, tt.want)
+			t.Errorf("%s:\n got %s\nwant %s", tt.body, got, tt.want)
 		}
 	}
 }
@@ -84,20 +75,14 @@ func TestNewID(t *testing.T) {
 	t.Parallel()
 	form := regexp.MustCompile("^[0-9a-f]{8}-[0-9a-f]{4}-7[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}$")
 	begin := time.Date(2026, 3, 4, 5, 6, 7, 0, time.UTC)
-	last := ""
-	for i := range 10_000 { // of which 10 begin a millisecond
+	last := strings.Repeat("0", 18)
+	for i := range 10_000 { // ten of them begin a millisecond
 		at := begin.Add(time.Duration(i) * time.Microsecond)
 		id := newID(at)
-		if !form.MatchString(id) {
-			t.Fatalf("%s is no UUID version 7", id)
+		if millis := fmt.Sprintf("%012x", at.UnixMilli()); !form.MatchString(id) || id[:18] <= last || strings.ReplaceAll(id[:13], "-", "") != millis {
+			t.Fatalf("%s of %v comes after %s", id, at, last)
 		}
-		if id[:18] <= last[:min(18, len(last))] {
-			t.Fatalf("%s of %v is not behind %s", id, at, last)
-		}
-		if want := fmt.Sprintf("%012x", at.UnixMilli()); strings.ReplaceAll(id[:13], "-", "") != want {
-			t.Fatalf("%s of %v does not begin with %s", id, at, want)
-		}
-		last = id
+		last = id[:18]
 	}
 	if a, b := newID(begin), newID(begin); a == b {
 		t.Error("two ids of the same time are the same")
@@ -114,26 +99,14 @@ func TestNewID(t *testing.T) {
 
 func TestParseID(t *testing.T) {
 	t.Parallel()
-	const id = "019c2292-294b-774b-8e0f-5b3a1f6c9d42"
+	const id, rest = "019c2292-294b-774b-8e0f-5b3a1f6c9d42", "2292-294b-774b-8e0f-5b3a1f6c9d42"
+	const least, most = "00000000-0000-0000-0000-000000000000", "ffffffff-ffff-ffff-ffff-ffffffffffff"
 	for s, want := range map[string]string{
-		id:                                        id,
-		strings.ToUpper(id):                       id,
-		"00000000-0000-0000-0000-000000000000":    "00000000-0000-0000-0000-000000000000",
-		"FFFFFFFF-ffff-FFFF-ffff-FFFFFFFFFFFF":    "ffffffff-ffff-ffff-ffff-ffffffffffff",
-		"":                                        "",
-		"{" + id + "}":                            "",
-		"urn:uuid:" + id:                          "",
-		id[:35]:                                   "",
-		id + "0":                                  "",
-		strings.ReplaceAll(id, "-", ""):           "",
-		strings.ReplaceAll(id, "-", "0"):          "",
-		"019c2292294b--774b-8e0f-5b3a1f6c9d42":    "",
-		"019c2292-294b-774b-8e0f-5b3a1f6c9d4g":    "",
-		"019c2292-294b-774b-8e0f-5b3a1f6c9d4 ":    "",
-		"+19c2292-294b-774b-8e0f-5b3a1f6c9d42":    "",
-		"0x9c2292-294b-774b-8e0f-5b3a1f6c9d42":    "",
-		"0１c2292-294b-774b-8e0f-5b3a1f6c9d42":     "",
-		"019c2292-294b-774b-8e0f-5b3a1f6c9\xff42": "",
+		id: id, strings.ToUpper(id): id, strings.ToUpper(id[:19]) + id[19:]: id, least: least, strings.ToUpper(most): most,
+		"": "", "tasks": "", "{" + id + "}": "", "urn:uuid:" + id: "", id[:35]: "", id + "0": "",
+		strings.ReplaceAll(id, "-", ""): "", strings.ReplaceAll(id, "-", "0"): "", strings.ReplaceAll(id, "-", "_"): "",
+		"019c2292294b--774b-8e0f-5b3a1f6c9d42": "", id[:35] + "g": "", id[:35] + " ": "", " " + id[1:]: "", id[:34] + "\xff0": "",
+		"+19c" + rest: "", "0x9c" + rest: "", "0１" + rest: "", "%19c" + rest: "",
 	} {
 		if got, ok := parseID(s); got != want || ok != (want != "") {
 			t.Errorf("%q: got %q, %t, want %q", s, got, ok, want)
@@ -288,15 +261,18 @@ func FuzzDecode(f *testing.F) {
 	for _, body := range []string{
 		`{"title":"a","description":null,"completed":true,"user_id":"alice"}`,
 		` { "title" : "\ud83d\ude42\\\"\/\b" , "id" : [ { "x" : 1 } , { "x" : -1e5 } ] } `,
-		`{"title":"\u0000 \u2003","completed":false,"Title":1,"a/b~%":{}}`,
-		`{"title":"a","\u0074itle":"a"}`,
-		`{"title":"a","id":{"x":1,"y":[{"x":[]}],"x":{}}}`,
-		`{"title":"\ud83d","description":"\ude42"}`,
-		`{"title":"\\ud83d","description":"\\\ud83d"}`,
-		`{"title":"\ud83d\u0041","description":"\ud83d\ud83d\ude42"}`,
-		`{"title":"\uFFFD","description":"\ufffd` + "\ufffd" + `"}`,
+		`{"title":"\u0000 \u2003","completed":false,"Title":1,"a/b~%":{}}`, `{"title":"\u200b\ufeff\u180e"}`,
+		`{"title":"a","\u0074itle":"a"}`, `{"title":"a","🙂":1,"\ud83d\ude42":1}`, `{"title":"a","":1,"":1}`, `[{"x":1,"x":1}]`,
+		`{"title":"a","id":{"x":1,"y":[{"x":[]}],"x":{}}}`, `{"title":"a","id":{"x":{"x":[{"x":1},{"x":1}]},"title":1}}`,
+		`{"title":"\ud83d","description":"\ude42"}`, `{"title":"\ud83d\n"}`, `{"title":"\uDE00\uD83D"}`, `{"title":"\ud83d \ude00"}`,
+		`{"title":"\\ud83d","description":"\\\ud83d"}`, `{"title":"\\ud83d","id":"\\\\u"}`, `"\ud83d"`, `{"title":"a","\ud83d":1}`,
+		`{"title":"\ud83d\u0041","description":"\ud83d\ud83d\ude42"}`, `{"title":"\ud83d\ude00\ude00"}`, `{"title":"a","id":["\ud83d"]}`,
+		`{"title":"\uFFFD","description":"\ufffd` + "\ufffd" + `"}`, `{"title":"\x61"}`, `{"title":"\u061"}`, `{"title":"a\`,
 		`{"":{"":{"":{}}}}`, `[[{},{}],"a:","{",":"]`, `{"completed":true}`, `{"completed":null,"title":null}`, `{}`, `[]`, `null`, `""`, `0`, ``, ` `,
-		"{\"title\":\"\xed\xa0\x80\"}", "\ufeff{}", `{"title":"a"}{}`, `{"a":"b:","c":"d"}`, `{"a":"b" ,"c" :"d"}`,
+		"{\"title\":\"\xed\xa0\x80\"}", "{\"title\":\"\xf0\x9f\x99\"}", "{\"title\":\"\xc0\xaf\"}", "{\"title\":\"\xf4\x90\x80\x80\"}", "{\"\xff\":1}",
+		"\ufeff{}", "\u00a0{}", "{\x00}\x00", "{\"title\":\"a\nb\"}", "{\"title\":\"a\x00\"}", "{}\xff", `{"title":"a"}{}`, `{"a":"b:","c":"d"}`, `{"a":"b" ,"c" :"d"}`,
+		`{"a":1,}`, `{"a":1 "b":1}`, `{"a" 1}`, `{a:1}`, `{'a':1}`, `{"a":1/**/}`, `{"completed":True}`, `{"id":NaN}`, `{"id":01}`, `{"id":[[1e999]]}`, `title=a`, `{"title":"a"`, `{}x`,
+		`{"de\u017fcription":"b","ID":1,"completed":1}`, `{"title":{"title":"a"},"description":1,"completed":[true],"user_id":{}}`,
 	} {
 		f.Add([]byte(body))
 	}
@@ -350,10 +326,11 @@ func member(t *testing.T, pointer string) string {
 
 func FuzzParseQuery(f *testing.F) {
 	for _, query := range []string{
-		"", "&", "user_id=alice&completed=true&sort=-created_at&limit=20&after=019C2292-294b-774b-8e0f-5b3a1f6c9d42",
-		"user_id=a%26b+c&limit=007", "user_id=%zz", "user_id=%00", "user_id=%ff", "user_id=\xff", "user_id=a;b", "user_id=a&user%5Fid=a",
-		"colour=red", "Limit=1", "limit", "limit=", "=", "=limit", "limit=+1", "limit=1001", "limit=65537", "completed=TRUE", "sort=title", "after=1", "%zz", ";",
-		"user_id=" + strings.Repeat("é", 256),
+		"", "&", "user_id=alice&completed=true&sort=-created_at&limit=20&after=019C2292-294b-774b-8e0f-5b3a1f6c9d42", "a;b", "userid", "user_id",
+		"user_id=a%26b+c&limit=007", "user_id=%zz", "user_id=%", "user_id=%00", "user_id=%ff", "user_id=\xff", "user_id=%ED%A0%80", "user_id=a;b", "user_id=a&user%5Fid=a",
+		"colour=red", "Limit=1", "limit", "limit=", "=", "=limit", "limit=+1", "limit=%2B1", "limit=-1", "limit=1.0", "limit=1e2", "limit=0x10", "limit=1_0", "limit=ten",
+		"limit=1001", "limit=65537", "limit=18446744073709551617", "completed=TRUE", "completed=1", "completed", "sort=title", "sort=%2Bcreated_at", "sort=-CREATED_AT",
+		"after=1", "after=", "after=%7B019c2292-294b-774b-8e0f-5b3a1f6c9d42%7D", "user_id=a&user_id=%zz", "%zz", ";", "user_id=" + strings.Repeat("é", 256),
 	} {
 		f.Add(query)
 	}

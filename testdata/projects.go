@@ -28,7 +28,9 @@ type (
 	projectPatch struct{ Name *string }
 )
 
-func (p Project) identity() (id string, owner *string, version int64) { return p.ID, p.UserID, p.Version }
+func (p Project) identity() (id string, owner *string, version int64) {
+	return p.ID, p.UserID, p.Version
+}
 
 func (p Project) appendJSON(b []byte) []byte {
 	b = append(b, `{"id":"`+p.ID+`","user_id":`...)
