@@ -127,7 +127,7 @@ func TestCopy(t *testing.T) {
 		patch(t, grown, read(t, filepath.Join("testdata", name+".diff")))
 		write(t, filepath.Join(grown, name+"_test.go"), read(t, filepath.Join("testdata", name+"_test.go")))
 	}
-	write(t, filepath.Join(grown, "projects.go"), read(t, "testdata/projects.go"))
+	write(t, filepath.Join(grown, "projects.go"), read(t, "testdata/projects.go.txt"))
 	command := func(args ...string) string {
 		t.Helper()
 		cmd := exec.Command("go", args...)

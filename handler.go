@@ -159,9 +159,7 @@ func (h *Handler) unmatched(w http.ResponseWriter, r *http.Request) (*response, 
 	case r.Method == http.MethodOptions && h.originNamed(r) && r.Header.Get("Access-Control-Request-Method") != "":
 		return preflight(allow, r.Header), nil
 	}
-	p := refuse(http.StatusMethodNotAllowed, "The method %s is not allowed here.", r.Method)
-	p.header = http.Header{"Allow": {allow}}
-	return nil, p
+	return nil, refuse(http.StatusMethodNotAllowed, "The method %s is not allowed here.", r.Method).with("Allow", allow)
 }
 
 func (h *Handler) createTask(r *request) (*response, error) {

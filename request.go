@@ -87,8 +87,10 @@ func (h *Handler) api(do operation, params, accepts []string) endpoint {
 			req.body = body
 		}
 		res, err := do(req)
-		if errors.Is(err, ErrPrecondition) && req.badIfMatch() {
-			err = refuse(http.StatusPreconditionFailed, `If-Match has no tag that can match. Send "<version>", with the version that you have read.`)
+		if errors.Is(err, ErrPrecondition) {
+			if match := req.target().Match; match != nil && len(match) == 0 {
+				err = refuse(http.StatusPreconditionFailed, `If-Match has no tag that can match. Send "<version>", with the version that you have read.`)
+			}
 		}
 		return res, err
 	}
@@ -106,9 +108,7 @@ func (h *Handler) authenticate(r *http.Request) (*string, error) {
 		p.cause = fmt.Errorf("authenticate: %w", err)
 		return nil, p
 	case err != nil:
-		p := refuse(http.StatusUnauthorized, "The request is not authenticated.")
-		p.header = http.Header{"Www-Authenticate": {"Bearer"}}
-		return nil, p
+		return nil, refuse(http.StatusUnauthorized, "The request is not authenticated.").with("WWW-Authenticate", "Bearer")
 	case !utf8.ValidString(user) || userIDViolations(user) != nil:
 		return nil, refuse(http.StatusForbidden, "The user of the request cannot own tasks.")
 	}
@@ -244,18 +244,14 @@ func (r *request) readID() error {
 // Parameters of the type do not matter: JSON is always UTF-8.
 func checkMediaType(r *http.Request, accepts []string) error {
 	if encoding := strings.Join(r.Header.Values("Content-Encoding"), ", "); encoding != "" && !strings.EqualFold(encoding, "identity") {
-		p := refuse(http.StatusUnsupportedMediaType, "The body must not be compressed; its Content-Encoding is %q.", encoding)
-		p.header = http.Header{"Accept-Encoding": {"identity"}}
-		return p
+		return refuse(http.StatusUnsupportedMediaType, "The body must not be compressed; its Content-Encoding is %q.", encoding).with("Accept-Encoding", "identity")
 	}
 	mediaType, _, _ := strings.Cut(r.Header.Get("Content-Type"), ";")
 	if slices.Contains(accepts, strings.ToLower(strings.TrimSpace(mediaType))) {
 		return nil
 	}
 	name := map[string]string{http.MethodPost: "Accept-Post", http.MethodPatch: "Accept-Patch", http.MethodPut: "Accept"}[r.Method]
-	p := refuse(http.StatusUnsupportedMediaType, "The Content-Type must be %s.", strings.Join(accepts, " or "))
-	p.header = http.Header{name: {strings.Join(accepts, ", ")}}
-	return p
+	return refuse(http.StatusUnsupportedMediaType, "The Content-Type must be %s.", strings.Join(accepts, " or ")).with(name, strings.Join(accepts, ", "))
 }
 
 // checkDraft checks what all creations have in common: err of decoding the body,
@@ -306,12 +302,6 @@ func (r *request) target() Target {
 		t.NoneMatch, t.NoneMatchAny = versions(tags), star
 	}
 	return t
-}
-
-// badIfMatch reports whether the request has an If-Match that matches no version.
-func (r *request) badIfMatch() bool {
-	match := r.target().Match
-	return match != nil && len(match) == 0
 }
 
 // etag returns the entity tag of a version, a strong one.

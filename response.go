@@ -118,7 +118,6 @@ func (h *Handler) setCORS(header http.Header, r *http.Request) {
 
 // log writes the line of a request, with the cause of a 5xx.
 func (h *Handler) log(r *http.Request, path string, status int, elapsed time.Duration, size int, id string, err error) {
-	level := slog.LevelInfo
 	attrs := []slog.Attr{
 		slog.String("method", r.Method),
 		slog.String("route", path),
@@ -127,9 +126,9 @@ func (h *Handler) log(r *http.Request, path string, status int, elapsed time.Dur
 		slog.Int("bytes", size),
 		slog.String("request_id", id),
 	}
+	level := slog.LevelInfo
 	if status >= 500 {
-		attrs = append(attrs, slog.String("error", err.Error()))
-		level = slog.LevelError
+		attrs, level = append(attrs, slog.String("error", err.Error())), slog.LevelError
 		if _, refused := errors.AsType[*problem](err); refused { // busy or stopping, which is no fault
 			level = slog.LevelWarn
 		}
@@ -166,6 +165,12 @@ func refuse(status int, format string, args ...any) *problem {
 		title = "Client Closed Request"
 	}
 	return &problem{Type: "about:blank", Title: title, Status: status, Detail: fmt.Sprintf(format, args...)}
+}
+
+// with adds a header field to the response.
+func (p *problem) with(name, value string) *problem {
+	p.header = http.Header{http.CanonicalHeaderKey(name): {value}}
+	return p
 }
 
 // problemOf makes a problem of an error. An error that it does not know is a

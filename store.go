@@ -418,7 +418,7 @@ func (t *table[T]) rows(ctx context.Context, pinned bool, text string, args ...a
 		return nil, err
 	}
 	defer func() { err = cmp.Or(err, rows.Close()) }()
-	all = make([]T, 0, 16)
+	all = []T{} // not nil: an empty page is []
 	for rows.Next() {
 		all = append(all, *new(T))
 		if err := rows.Scan(t.fields(&all[len(all)-1])...); err != nil {

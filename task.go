@@ -61,22 +61,14 @@ func (t Task) identity() (id string, owner *string, version int64) { return t.ID
 // appendJSON is encoding/json without reflection, which took a quarter of the
 // time of a list.
 func (t Task) appendJSON(b []byte) []byte {
-	b = append(b, `{"id":"`...)
-	b = append(b, t.ID...)
-	b = append(b, `","user_id":`...)
-	b = appendString(b, t.UserID)
-	b = append(b, `,"title":`...)
-	b = appendString(b, &t.Title)
-	b = append(b, `,"description":`...)
-	b = appendString(b, t.Description)
-	b = append(b, `,"completed":`...)
-	b = strconv.AppendBool(b, t.Completed)
-	b = append(b, `,"version":`...)
-	b = strconv.AppendInt(b, t.Version, 10)
-	b = append(b, `,"created_at":`...)
-	b = appendTime(b, t.CreatedAt)
-	b = append(b, `,"updated_at":`...)
-	b = appendTime(b, t.UpdatedAt)
+	b = append(append(b, `{"id":"`...), t.ID...)
+	b = appendString(append(b, `","user_id":`...), t.UserID)
+	b = appendString(append(b, `,"title":`...), &t.Title)
+	b = appendString(append(b, `,"description":`...), t.Description)
+	b = strconv.AppendBool(append(b, `,"completed":`...), t.Completed)
+	b = strconv.AppendInt(append(b, `,"version":`...), t.Version, 10)
+	b = appendTime(append(b, `,"created_at":`...), t.CreatedAt)
+	b = appendTime(append(b, `,"updated_at":`...), t.UpdatedAt)
 	return append(b, '}')
 }
 

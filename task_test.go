@@ -139,7 +139,8 @@ func readings() map[string]reading {
 		return text(1, 200, false)(value) && strings.ContainsFunc(s, func(r rune) bool { return !unicode.Is(unicode.White_Space, r) })
 	}
 	boolean := func(value any) bool { _, ok := value.(bool); return ok }
-	readOnly := []string{"id", "version", "created_at", "updated_at"}
+	writable := map[string]func(any) bool{"title": title, "description": text(0, 10_000, true), "completed": boolean}
+	ignored := []string{"id", "version", "created_at", "updated_at", "user_id"}
 	orNil := func(s *string) any {
 		if s == nil {
 			return nil
@@ -152,14 +153,14 @@ func readings() map[string]reading {
 				n, err := decodeTaskDraft(body)
 				return map[string]any{"title": n.Title, "description": orNil(n.Description), "completed": n.Completed, "user_id": orNil(n.UserID)}, err
 			},
-			"title", map[string]func(any) bool{"title": title, "description": text(0, 10_000, true), "completed": boolean, "user_id": text(1, 255, true)}, readOnly,
+			"title", map[string]func(any) bool{"title": title, "description": text(0, 10_000, true), "completed": boolean, "user_id": text(1, 255, true)}, ignored[:4],
 		},
 		"PUT": {
 			func(body []byte) (map[string]any, error) {
 				p, err := decodeReplacement(body)
 				return map[string]any{"title": orNil(p.Title), "description": orNil(p.Description.Value), "completed": *p.Completed}, err
 			},
-			"title", map[string]func(any) bool{"title": title, "description": text(0, 10_000, true), "completed": boolean}, append(readOnly, "user_id"),
+			"title", writable, ignored,
 		},
 		"PATCH": {
 			func(body []byte) (map[string]any, error) {
@@ -176,14 +177,14 @@ func readings() map[string]reading {
 				}
 				return got, err
 			},
-			"", map[string]func(any) bool{"title": title, "description": text(0, 10_000, true), "completed": boolean}, append(readOnly, "user_id"),
+			"", writable, ignored,
 		},
 		"complete": {
 			func(body []byte) (map[string]any, error) {
 				p, err := decodeCompletion(body)
 				return map[string]any{"completed": p.Completed != nil && *p.Completed}, err
 			},
-			"completed", map[string]func(any) bool{"completed": boolean}, append(readOnly, "user_id"),
+			"completed", map[string]func(any) bool{"completed": boolean}, ignored,
 		},
 	}
 }
