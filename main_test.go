@@ -2,15 +2,17 @@ package main
 
 // main_test.go runs the whole program: within this process, where [run] is
 // enough, and as a process of its own, where exit codes, signals and the working
-// directory matter. Then it takes the code along into another module.
+// directory matter.
 
 import (
 	"bufio"
 	"bytes"
+	"cmp"
 	"context"
 	"encoding/json"
 	"fmt"
 	"io"
+	"maps"
 	"net"
 	"net/http"
 	"os"
@@ -18,7 +20,6 @@ import (
 	"path/filepath"
 	"reflect"
 	"regexp"
-	"runtime"
 	"runtime/debug"
 	"slices"
 	"strconv"
@@ -107,7 +108,7 @@ func (s *service) logged(pattern string) (group string) {
 // url waits until the service serves, and returns its URL.
 func (s *service) url() string {
 	s.t.Helper()
-	return s.logged(`(http://[^/ ]+)/api/tasks`)
+	return s.logged(`(http://[^/ ]+)[^ ]*/api/tasks`)
 }
 
 // addr waits until the service serves, and returns its address.
@@ -116,36 +117,47 @@ func (s *service) addr() string {
 	return strings.TrimPrefix(s.url(), "http://")
 }
 
-// freshly sends each request on a new connection.
-var freshly = &http.Client{Transport: &http.Transport{DisableKeepAlives: true}, Timeout: patience}
+// freshly sends each request on a new connection, and follows no redirect.
+var freshly = &http.Client{Transport: &http.Transport{DisableKeepAlives: true}, Timeout: patience,
+	CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }}
 
-// get returns the status and the body of an answer.
-func (s *service) get(path string) (int, string) {
+// send returns the answer to a request, and its body. The header may have a Host.
+func (s *service) send(method, path, body string, header http.Header) (*http.Response, string) {
 	s.t.Helper()
-	resp, err := freshly.Get(s.url() + path)
+	req, err := http.NewRequest(method, s.url()+path, strings.NewReader(body))
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	req.Header.Set("Content-Type", "application/json")
+	req.Host = cmp.Or(header.Get("Host"), req.Host)
+	maps.Copy(req.Header, header)
+	resp, err := freshly.Do(req)
 	if err != nil {
 		s.t.Fatal(err)
 	}
 	defer resp.Body.Close()
-	body, err := io.ReadAll(resp.Body)
+	got, err := io.ReadAll(resp.Body)
 	if err != nil {
 		s.t.Fatal(err)
 	}
-	return resp.StatusCode, string(body)
+	return resp, string(got)
 }
 
-// post creates a task.
-func (s *service) post(title string) {
+// get returns the status and the body of an answer.
+func (s *service) get(path string) (int, string) {
 	s.t.Helper()
-	resp, err := freshly.Post(s.url()+"/api/tasks", "application/json", strings.NewReader(fmt.Sprintf(`{"title": %q}`, title)))
-	if err != nil {
-		s.t.Error(err)
-		return
-	}
-	resp.Body.Close()
+	resp, body := s.send("GET", path, "", nil)
+	return resp.StatusCode, body
+}
+
+// post creates a task, and returns the answer.
+func (s *service) post(title string) *http.Response {
+	s.t.Helper()
+	resp, body := s.send("POST", "/api/tasks", fmt.Sprintf(`{"title": %q}`, title), nil)
 	if resp.StatusCode != http.StatusCreated {
-		s.t.Errorf("POST: %s", resp.Status)
+		s.t.Errorf("POST: %s %s", resp.Status, body)
 	}
+	return resp
 }
 
 // heldRequest is a request in flight, for want of the last byte of its body.
@@ -171,15 +183,13 @@ func (s *service) hold() *heldRequest {
 	return &heldRequest{s.t, conn}
 }
 
-// finish sends the rest, and returns the status of the answer.
-func (h *heldRequest) finish() int {
+// finish sends the rest, and fails the test unless a task is created.
+func (h *heldRequest) finish() {
 	h.t.Helper()
 	io.WriteString(h, "}")
-	resp, err := http.ReadResponse(bufio.NewReader(h), nil)
-	if err != nil {
-		h.t.Fatal(err)
+	if resp, err := http.ReadResponse(bufio.NewReader(h), nil); err != nil || resp.StatusCode != http.StatusCreated {
+		h.t.Errorf("the request in flight: %v, %v", resp, err)
 	}
-	return resp.StatusCode
 }
 
 // program makes the program, once, and returns its path.
@@ -311,6 +321,9 @@ func TestDefaults(t *testing.T) {
 		options: Options{RequestTimeout: 5 * time.Second, MaxInFlight: 1000}}
 	if !reflect.DeepEqual(cfg, want) {
 		t.Errorf("got %+v, want %+v", cfg, want)
+	}
+	if maxRequestTimeout >= writeTimeout {
+		t.Errorf("REQUEST_TIMEOUT may be %v, but connections end after %v", maxRequestTimeout, writeTimeout)
 	}
 }
 
@@ -449,58 +462,95 @@ func TestStartBeforeDatabase(t *testing.T) {
 
 func TestStopBeforeDatabase(t *testing.T) {
 	t.Parallel()
-	for _, sig := range []os.Signal{os.Interrupt, syscall.SIGTERM} {
-		t.Run(sig.String(), func(t *testing.T) {
-			t.Parallel()
-			p := start(t, t.TempDir(), settings{"DATABASE_URL": "host=127.0.0.1 port=1 user=alice"})
-			p.logged("not ready yet")
-			p.signal(sig)
-			if said := p.exit(0); said != "" {
-				t.Errorf("said %q", said)
+	p := start(t, t.TempDir(), settings{"DATABASE_URL": "host=127.0.0.1 port=1 user=alice"})
+	p.logged("not ready yet")
+	p.signal(os.Interrupt)
+	if said := p.exit(0); said != "" {
+		t.Errorf("said %q", said)
+	}
+}
+
+func TestUserHeader(t *testing.T) {
+	t.Parallel()
+	s := serving(t, settings{"DATABASE_URL": newDatabase(t), "USER_HEADER": "X-Forwarded-User"})
+	for _, test := range []struct {
+		users []string // one a field
+		want  int
+	}{
+		{[]string{"alice"}, 200}, {[]string{"bob"}, 403}, {nil, 401}, {[]string{""}, 401}, {[]string{"alice", "alice"}, 401}, {[]string{"", "alice"}, 401},
+	} {
+		resp, body := s.send("GET", "/api/tasks?user_id=alice", "", http.Header{"X-Forwarded-User": test.users})
+		if resp.StatusCode != test.want {
+			t.Errorf("%q: %d %s, want %d", test.users, resp.StatusCode, body, test.want)
+		}
+	}
+}
+
+// All of these listen on a loopback address.
+func TestAllowedHosts(t *testing.T) {
+	t.Parallel()
+	dbURL := newDatabase(t)
+	for _, test := range []struct{ allowed, served, refused string }{
+		{"", "localhost LOCALHOST.:1 a.localhost 127.0.0.1:80 192.0.2.1 [::1]:80", "example.com evil.example:8080 localhost.example"},
+		{"Example.com., b.example", "example.com:80 EXAMPLE.COM b.example. localhost 192.0.2.1", "a.example.com evil.example"},
+		{"*", "localhost evil.example:8080", ""},
+	} {
+		s := serving(t, settings{"DATABASE_URL": dbURL, "ALLOWED_HOSTS": test.allowed})
+		for want, hosts := range map[int]string{http.StatusOK: test.served, http.StatusMisdirectedRequest: test.refused} {
+			for host := range strings.FieldsSeq(hosts) {
+				if resp, body := s.send("GET", "/api/tasks", "", http.Header{"Host": {host}}); resp.StatusCode != want {
+					t.Errorf("ALLOWED_HOSTS=%q, Host: %s: %d %s, want %d", test.allowed, host, resp.StatusCode, body, want)
+				}
 			}
-		})
-	}
-}
-
-func TestStartTogether(t *testing.T) {
-	t.Parallel()
-	dbURL := newDatabase(t)
-	var instances []*service
-	for range 8 {
-		instances = append(instances, runWith(t, settings{"DATABASE_URL": dbURL}))
-	}
-	for i, s := range instances {
-		s.post(fmt.Sprint("of instance ", i))
-	}
-	for _, s := range instances {
-		_, body := s.get("/api/tasks")
-		if got := strings.Count(body, "of instance "); got != len(instances) {
-			t.Errorf("an instance has %d tasks: %s", got, body)
-		}
-		if log := s.log.String(); strings.Contains(log, "level=WARN") {
-			t.Error(log)
 		}
 	}
 }
 
-// A role that may use the table, and do nothing else, is enough for a schema
-// that stands.
-func TestStartWithoutRights(t *testing.T) {
+func TestPathPrefix(t *testing.T) {
 	t.Parallel()
-	var role string
-	t.Cleanup(func() { execSQL(t, testServer.URL, "DROP ROLE "+role) }) // after the database
-	dbURL := newDatabase(t)
-	role = "user_of_" + regexp.MustCompile("dbname=([^ ]*)").FindStringSubmatch(dbURL)[1]
-	execSQL(t, dbURL, "CREATE ROLE "+role+" LOGIN")
-	execSQL(t, dbURL, "REVOKE CREATE ON SCHEMA public FROM public")
-	env := settings{"DATABASE_URL": strings.Replace(dbURL, "user=postgres", "user="+role, 1)}
-
-	if err := runWith(t, env).wait(); err == nil || !strings.Contains(err.Error(), "may not create it") {
-		t.Errorf("without a schema: %v", err)
+	s := serving(t, settings{"DATABASE_URL": newDatabase(t), "PATH_PREFIX": "/todo"})
+	s.logged("msg=serving url=" + s.url() + "/todo/api/tasks docs=" + s.url() + "/todo/docs\n")
+	s.logged("Try: curl -i " + s.url() + "/todo/api/tasks ")
+	created, second := s.post("first"), s.post("second")
+	list, _ := s.send("GET", "/api/tasks?limit=1", "", nil)
+	root, _ := s.send("GET", "/", "", nil)
+	id := `/todo/api/tasks/[-0-9a-f]{36} `
+	got := strings.Join([]string{created.Header.Get("Location"), second.Header.Get("Location"), root.Header.Get("Location"), list.Header.Get("Link")}, " ")
+	if !regexp.MustCompile("^" + id + id + "/todo/docs </todo/api/tasks[?]after=").MatchString(got) {
+		t.Error(got)
 	}
-	serving(t, settings{"DATABASE_URL": dbURL}).stop()
-	execSQL(t, dbURL, "GRANT SELECT, INSERT, UPDATE, DELETE ON tasks TO "+role)
-	serving(t, env).post("by a role without rights")
+}
+
+// DB_PREPARE decides whether a connection sets its session up to prepare, and
+// whether it first asks if it is direct.
+func TestDBPrepare(t *testing.T) {
+	t.Parallel()
+	dbURL := newDatabase(t)
+	const always, direct = "('jit', 'off')) AS settings (name, value)", "('jit', 'off')) AS settings (name, value) WHERE (inet"
+	for mode, want := range map[string]string{"": direct, "auto": direct, "true": always, "false": ""} {
+		listener, sent := listen(t, "127.0.0.1:0"), &testLog{t: t}
+		relay(t, listener, dbURL, sent)
+		serving(t, settings{"DATABASE_URL": onTCP(dbURL, listener.Addr()), "DB_PREPARE": mode})
+		if got := regexp.MustCompile(`\('jit'.* AS settings \(name, value\)( WHERE \(inet)?`).FindString(sent.String()); got != want {
+			t.Errorf("DB_PREPARE=%s: %q, want %q", mode, got, want)
+		}
+	}
+}
+
+// The collector is tuned unless the environment does it.
+func TestGCPercent(t *testing.T) {
+	t.Parallel()
+	dbURL := newDatabase(t)
+	for _, test := range []struct {
+		name, value string
+		tuned       bool
+	}{{"GOGC", "", true}, {"GOGC", "100", false}, {"GOMEMLIMIT", "8GiB", false}} {
+		_, page := start(t, t.TempDir(), settings{"DATABASE_URL": dbURL, test.name: test.value}).get("/metrics")
+		const least = gcPercent << 20 * 4 / 100 // of the heap, at which a first collection begins
+		if next := parseMetrics(t, []byte(page))["go_memstats_next_gc_bytes"]; (next >= least) != test.tuned {
+			t.Errorf("%s=%s: the heap may grow to %v bytes", test.name, test.value, next)
+		}
+	}
 }
 
 func TestLogs(t *testing.T) {
@@ -519,22 +569,12 @@ time=T level=INFO msg=stopping
 {"time":"T","level":"INFO","msg":"request","method":"GET","route":"/api/tasks/{id}","status":404,"duration_ms":D,"bytes":N,"request_id":"mine"}
 {"time":"T","level":"INFO","msg":"stopping"}
 `},
-		{"warnings only", settings{"LOG_LEVEL": "warn"}, hint},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			t.Parallel()
 			test.env["DATABASE_URL"] = newDatabase(t) + " password=s3cret"
 			s := serving(t, test.env)
-			req, err := http.NewRequest("GET", s.url()+"/api/tasks/s3cret?user_id=s3cret", strings.NewReader("s3cret"))
-			if err != nil {
-				t.Fatal(err)
-			}
-			req.Header.Set("X-Request-ID", "mine")
-			resp, err := http.DefaultClient.Do(req)
-			if err != nil {
-				t.Fatal(err)
-			}
-			resp.Body.Close()
+			s.send("GET", "/api/tasks/s3cret?user_id=s3cret", "s3cret", http.Header{"X-Request-Id": {"mine"}})
 			s.stop()
 			if err := s.wait(); err != nil {
 				t.Error(err)
@@ -557,6 +597,9 @@ time=T level=INFO msg=stopping
 				t.Errorf("got\n%swant\n%s", got, test.want)
 			}
 		})
+	}
+	if cfg, err := configure(settings{"LOG_LEVEL": "warn"}.get, nil); err != nil || cfg.hints != io.Discard || cfg.options.Logger.Enabled(t.Context(), 0) {
+		t.Error("with LOG_LEVEL=warn there is a hint or more")
 	}
 }
 
@@ -595,54 +638,40 @@ func TestLogWithoutReader(t *testing.T) {
 	}
 }
 
-// The command that the log suggests creates a task when it is pasted into a
-// shell.
-func TestHint(t *testing.T) {
-	t.Parallel()
-	s := serving(t, settings{"DATABASE_URL": newDatabase(t)})
-	hint := s.logged("Try: (.*)\n")
-	// The shell splits the command; the test is the curl.
-	out, err := exec.Command("sh", "-c", `curl() { printf '%s\n' "$@"; }; `+hint).Output()
-	args := strings.Split(strings.TrimSuffix(string(out), "\n"), "\n")
-	if err != nil || len(args) != 6 || args[0] != "-i" || args[2] != "-H" || args[4] != "-d" {
-		t.Fatalf("%s: %q, %v", hint, args, err)
-	}
-	contentType, _ := strings.CutPrefix(args[3], "Content-Type: ")
-	resp, err := http.Post(args[1], contentType, strings.NewReader(args[5]))
-	if err != nil {
-		t.Fatal(err)
-	}
-	resp.Body.Close()
-	if resp.StatusCode != http.StatusCreated {
-		t.Errorf("%s: %s", hint, resp.Status)
-	}
-}
-
-// A signal stops the program once the request in flight has been answered, or
-// when SHUTDOWN_TIMEOUT has passed. A second one ends it.
+// A signal stops the program once SHUTDOWN_DELAY has passed and the request in
+// flight has been answered, or when SHUTDOWN_TIMEOUT has passed. A second one
+// ends it.
 func TestStop(t *testing.T) {
 	t.Parallel()
 	for _, test := range []struct {
-		name    string
-		timeout string
-		then    func(p *process, held *heldRequest)
-		code    int
-		says    string // on the standard error
+		name           string
+		delay, timeout string
+		then           func(p *process, held *heldRequest)
+		code           int
+		says           string // on the standard error
 	}{
-		{"finish", "1h", func(p *process, held *heldRequest) {
-			if status, _ := p.get("/readyz"); status != http.StatusServiceUnavailable {
-				p.t.Errorf("/readyz: %d", status)
-			}
-			if status := held.finish(); status != http.StatusCreated {
-				p.t.Errorf("the request in flight: %d", status)
-			}
+		{"finish", "", "1h", func(p *process, held *heldRequest) {
+			waitFor(p.t, "/readyz to be 503", func() bool { status, _ := p.get("/readyz"); return status == http.StatusServiceUnavailable })
+			held.finish()
 		}, 0, "^$"},
-		{"timeout", "200ms", func(*process, *heldRequest) {}, 1, "^tasks: requests were still in flight after 200ms"},
-		{"second signal", "1h", func(p *process, _ *heldRequest) { p.signal(syscall.SIGTERM) }, -1, "^$"},
+		{"delay", "5s", "1h", func(p *process, held *heldRequest) {
+			held.finish()
+			waitFor(p.t, "/readyz to be 503 on a connection that is kept", func() bool {
+				resp, err := http.Get(p.url() + "/readyz")
+				if err != nil {
+					p.t.Fatal(err)
+				}
+				resp.Body.Close()
+				return resp.StatusCode == http.StatusServiceUnavailable && !resp.Close
+			})
+			p.post("in the delay")
+		}, 0, "^$"},
+		{"timeout", "", "200ms", func(*process, *heldRequest) {}, 1, "^tasks: requests were still in flight after 200ms"},
+		{"second signal", "1h", "1h", func(p *process, _ *heldRequest) { p.signal(syscall.SIGTERM) }, -1, "^$"},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			t.Parallel()
-			p := start(t, t.TempDir(), settings{"DATABASE_URL": newDatabase(t), "SHUTDOWN_TIMEOUT": test.timeout, "REQUEST_TIMEOUT": "45s"})
+			p := start(t, t.TempDir(), settings{"DATABASE_URL": newDatabase(t), "SHUTDOWN_DELAY": test.delay, "SHUTDOWN_TIMEOUT": test.timeout, "REQUEST_TIMEOUT": "45s"})
 			held := p.hold()
 			p.signal(syscall.SIGTERM)
 			p.logged("msg=stopping")
@@ -654,106 +683,41 @@ func TestStop(t *testing.T) {
 	}
 }
 
-// localServer returns the process id of the private PostgreSQL in dir, 0 if
-// there is none.
-func localServer(dir string) (pid int) {
-	text, _ := os.ReadFile(filepath.Join(dir, localDir, "data", "postmaster.pid"))
-	line, _, _ := strings.Cut(string(text), "\n")
-	pid, _ = strconv.Atoi(line)
-	return pid
-}
-
 // From nothing to a server of its own, whose data outlast stops and crashes.
 func TestPrivatePostgreSQL(t *testing.T) {
 	t.Parallel()
-	dir, err := os.MkdirTemp("", "tasks-test-")
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		if localServer(dir) != 0 { // left by a failure
-			if db, err := startLocalDB(context.Background(), filepath.Join(dir, localDir), os.Getenv("PG_BIN")); err == nil {
-				db.Stop()
-			}
-		}
-		os.RemoveAll(dir)
-	})
-	if err := os.Chmod(dir, 0o755); err != nil { // for the account that PostgreSQL runs as
-		t.Fatal(err)
-	}
-	tasks := func(p *process) string {
-		_, body := p.get("/api/tasks")
-		return strings.Join(regexp.MustCompile("made [a-z ]*").FindAllString(body, -1), ", ")
-	}
-
+	dir := newLocalDir(t)
+	server := func() postmaster { return (&localDB{dir: dir}).postmaster() }
 	// What libpq would take from the environment is about another server.
-	p := start(t, dir, settings{"PGHOSTADDR": "192.0.2.1", "PGCHANNELBINDING": "require", "PGOPTIONS": "-c foo=bar"})
-	p.post("made first")
-	pid := localServer(dir)
-	if runtime.GOOS == "linux" {
-		if got := listening(t, pid); got != nil {
-			t.Errorf("PostgreSQL listens on %s", got)
+	env := settings{"PGHOSTADDR": "192.0.2.1", "PGCHANNELBINDING": "require", "PGOPTIONS": "-c foo=bar"}
+	want := ""
+	var running postmaster
+	for _, step := range []struct{ before, title string }{{"nothing", "made first"}, {"a crash", "made after a crash"}, {"a stop", "made after a stop"}} {
+		p := start(t, filepath.Dir(dir), env)
+		_, body := p.get("/api/tasks")
+		if got := strings.Join(regexp.MustCompile("made [a-z ]*").FindAllString(body, -1), ", "); got != want {
+			t.Errorf("after %s the tasks are %q, want %q", step.before, got, want)
 		}
-		if got := listening(t, p.Process.Pid); !slices.Equal(got, []string{p.addr()}) {
-			t.Errorf("the service listens on %s, want %s only", got, p.addr())
+		p.post(step.title)
+		// This address is the machine's own too, on Linux.
+		if conn, err := net.DialTimeout("tcp", strings.Replace(p.addr(), "127.0.0.1", "127.0.0.2", 1), time.Second); err == nil {
+			conn.Close()
+			t.Error("it listens on all addresses")
 		}
-	}
-	if said := start(t, dir, nil).exit(1); !strings.Contains(said, fmt.Sprintf("process %d", p.Process.Pid)) {
-		t.Errorf("a second instance said %q", said)
-	}
-
-	p.Process.Kill()
-	p.exit(-1)
-	p = start(t, dir, nil)
-	if got, want := tasks(p), "made first"; got != want {
-		t.Errorf("after a crash the tasks are %q, want %q", got, want)
-	}
-	if got := localServer(dir); got != pid {
-		t.Errorf("after a crash the server is %d, want %d, which was running", got, pid)
-	}
-	p.post("made after a crash")
-	p.signal(os.Interrupt)
-	p.exit(0)
-	if got := localServer(dir); got != 0 {
-		t.Errorf("after a stop the server %d is running", got)
-	}
-
-	p = start(t, dir, nil)
-	if got, want := tasks(p), "made first, made after a crash"; got != want {
-		t.Errorf("after a restart the tasks are %q, want %q", got, want)
-	}
-	p.signal(syscall.SIGTERM)
-	p.exit(0)
-}
-
-// listening returns the TCP addresses on which a process listens, on Linux.
-func listening(t testing.TB, pid int) (addrs []string) {
-	t.Helper()
-	proc := fmt.Sprintf("/proc/%d", pid)
-	fds, err := os.ReadDir(proc + "/fd")
-	if err != nil {
-		t.Fatal(err)
-	}
-	inodes := map[string]bool{}
-	for _, fd := range fds {
-		link, _ := os.Readlink(proc + "/fd/" + fd.Name())
-		inodes[strings.Trim(link, "socket:[]")] = true
-	}
-	for _, table := range []string{"/net/tcp", "/net/tcp6"} {
-		text, _ := os.ReadFile(proc + table)
-		for line := range strings.Lines(string(text)) {
-			const local, state, inode, listen = 1, 3, 9, "0A"
-			fields := strings.Fields(line)
-			if fields[state] != listen || !inodes[fields[inode]] {
-				continue
-			}
-			var ip [4]byte
-			var port int
-			if _, err := fmt.Sscanf(fields[local], "%2x%2x%2x%2x:%4x", &ip[3], &ip[2], &ip[1], &ip[0], &port); err != nil {
-				t.Fatal(err)
-			}
-			addrs = append(addrs, fmt.Sprintf("%s:%d", net.IP(ip[:]), port))
+		want = strings.TrimPrefix(want+", "+step.title, ", ")
+		if step.before == "nothing" {
+			running = server()
+			p.Process.Kill()
+			p.exit(-1)
+			continue
+		}
+		if got := server(); (got == running) != (step.before == "a crash") {
+			t.Errorf("after %s the server is %+v, and was %+v", step.before, got, running)
+		}
+		p.signal(os.Interrupt)
+		p.exit(0)
+		if got := server(); got != (postmaster{}) {
+			t.Errorf("%+v is running", got)
 		}
 	}
-	return addrs
 }

@@ -80,11 +80,15 @@ func TestShutdownWaits(t *testing.T) {
 	if got := <-flipped; got != http.StatusOK {
 		t.Errorf("the request in flight: status %d", got)
 	}
-	if err := <-result; err != nil {
-		t.Error(err)
+	for _, err := range []error{<-result, server.Shutdown(t.Context())} {
+		if err != nil {
+			t.Errorf("Shutdown: %v", err)
+		}
 	}
-	if err := <-ended; err != http.ErrServerClosed {
-		t.Errorf("Serve: %v", err)
+	for _, err := range []error{<-ended, server.Serve(listen(t, "127.0.0.1:0"))} {
+		if err != http.ErrServerClosed {
+			t.Errorf("Serve: %v", err)
+		}
 	}
 	if conn, err := net.Dial("tcp", server.listeners[0].Addr().String()); err == nil {
 		conn.Close()
@@ -127,34 +131,6 @@ func TestShutdownUnusedConnection(t *testing.T) {
 	defer cancel()
 	if err := server.Shutdown(ctx); err != nil {
 		t.Error(err)
-	}
-}
-
-// Serve says that Shutdown has ended it, also when it comes afterwards.
-func TestShutdownTwice(t *testing.T) {
-	t.Parallel()
-	a := newAPI(t, Options{})
-	server, l := NewServer(a.Handler, a.Handler), listen(t, "127.0.0.1:0")
-	ended := make(chan error, 1)
-	go func() { ended <- server.Serve(l) }()
-	resp, err := http.Get("http://" + l.Addr().String() + "/healthz")
-	if err != nil {
-		t.Fatal(err)
-	}
-	resp.Body.Close()
-	for range 2 {
-		if err := server.Shutdown(t.Context()); err != nil {
-			t.Errorf("Shutdown: %v", err)
-		}
-	}
-	for _, err := range []error{<-ended, server.Serve(listen(t, "127.0.0.1:0"))} {
-		if err != http.ErrServerClosed {
-			t.Errorf("Serve: %v", err)
-		}
-	}
-	if conn, err := net.Dial("tcp", l.Addr().String()); err == nil {
-		conn.Close()
-		t.Error("there is still a listener")
 	}
 }
 

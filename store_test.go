@@ -46,7 +46,8 @@ func applySchema(t *testing.T, dbURL string) (schema string, err error) {
 	return findSchema(ctx, db)
 }
 
-// The previous version made this schema, and a constraint against blank titles.
+// previousSchema is the schema of the previous version, without its constraint
+// against blank titles.
 const previousSchema = `
 	CREATE TABLE tasks (
 		id uuid PRIMARY KEY, user_id text CHECK (char_length(user_id) BETWEEN 1 AND 255),
