@@ -38,6 +38,7 @@ const (
 	startTimeout      = time.Minute      // for a database that is still starting
 	maxRequestTimeout = 45 * time.Second // leaves time to read the answer
 	localDir          = ".postgres"
+	gcPercent         = 400 // a fifth more lists a second than with 100, for 13 MB
 )
 
 func main() {
@@ -51,7 +52,7 @@ func main() {
 		cancel()
 	}()
 	if os.Getenv("GOGC") == "" && os.Getenv("GOMEMLIMIT") == "" {
-		debug.SetGCPercent(400) // a fifth more lists a second than with 100, for 13 MB
+		debug.SetGCPercent(gcPercent)
 	}
 	err := run(ctx, os.Args[1:], os.Getenv, os.Stdout)
 	if err == nil {

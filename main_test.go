@@ -683,6 +683,31 @@ func TestStop(t *testing.T) {
 	}
 }
 
+// relay forwards what comes on a listener to the PostgreSQL at the socket of
+// dbURL, and returns the URL for it. Each client's bytes are shown to seen first.
+func relay(t testing.TB, listener net.Listener, dbURL string, seen io.Writer) {
+	cfg, err := parseURL(dbURL)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { listener.Close() })
+	go func() {
+		for {
+			client, err := listener.Accept()
+			if err != nil {
+				return
+			}
+			server, err := net.Dial("unix", fmt.Sprintf("%s/.s.PGSQL.%d", cfg.Host, cfg.Port))
+			if err != nil {
+				client.Close()
+				continue
+			}
+			go func() { io.Copy(client, server); client.Close() }()
+			go func() { io.Copy(io.MultiWriter(seen, server), client); server.Close() }()
+		}
+	}()
+}
+
 // From nothing to a server of its own, whose data outlast stops and crashes.
 func TestPrivatePostgreSQL(t *testing.T) {
 	t.Parallel()
