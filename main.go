@@ -311,7 +311,7 @@ func serve(ctx context.Context, cfg config) (err error) {
 		return fmt.Errorf("%w (ADDR or PORT chooses another address)", err)
 	}
 	addr := listener.Addr().(*net.TCPAddr)
-	if addr.IP.IsLoopback() && cfg.options.Hosts == nil {
+	if addr.IP.IsLoopback() && len(cfg.options.Hosts) == 0 {
 		cfg.options.Hosts = []string{"localhost"} // against DNS rebinding
 	}
 	handler := NewHandler(store, cfg.options)
