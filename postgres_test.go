@@ -165,7 +165,7 @@ func TestParseURLErrors(t *testing.T) {
 		"PGSSLMODE":                 {"PGSSLMODE=no password=s3cret"},
 		"PGCHANNELBINDING":          {"PGCHANNELBINDING=require password=s3cret"},
 		`service "prod" not found`:  {"PGSERVICE=prod password=s3cret"},
-		"socket":                    {"host=/run/postgresql,db.example.com password=s3cret sslmode=verify-full"},
+		"socket":                    {"host=/run/postgresql,db.example.com password=s3cret sslmode=verify-full", "host=@a,db.example.com password=s3cret"},
 		"channel_binding": {"password=s3cret channel_binding=yes", "host=db.example.com password=s3cret channel_binding=require sslmode=disable",
 			"host=/run/postgresql password=s3cret channel_binding=require"},
 	} {
