@@ -148,35 +148,31 @@ func (e malformedError) Error() string { return string(e) }
 // decode functions, is a malformedError or an [InvalidError].
 func decodeTaskDraft(body []byte) (TaskDraft, error) {
 	d := newDecoder(body)
-	t := TaskDraft{
-		UserID:      d.text("user_id", nullable, userIDViolations).Value,
-		Title:       *cmp.Or(d.text("title", required, titleViolations).Value, new("")),
-		Description: d.text("description", nullable, descriptionViolations).Value,
-		Completed:   *cmp.Or(d.boolean("completed", optional), new(false)),
-	}
-	return t, d.end()
+	owner, p := d.text("user_id", nullable, userIDViolations).Value, d.task(required)
+	return TaskDraft{owner, *cmp.Or(p.Title, new("")), p.Description.Value, *cmp.Or(p.Completed, new(false))}, d.end()
 }
 
 // decodeReplacement decodes the body of a PUT: a patch of all that can be changed.
 func decodeReplacement(body []byte) (TaskPatch, error) {
 	d := newDecoder(body)
-	p := TaskPatch{
-		Title:       d.text("title", required, titleViolations).Value,
-		Description: Optional[string]{true, d.text("description", nullable, descriptionViolations).Value},
-		Completed:   cmp.Or(d.boolean("completed", optional), new(false)),
-	}
+	p := d.task(required)
+	p.Description.Set, p.Completed = true, cmp.Or(p.Completed, new(false))
 	return p, d.end()
 }
 
 // decodeTaskPatch decodes the body of a PATCH, a JSON Merge Patch (RFC 7396).
 func decodeTaskPatch(body []byte) (TaskPatch, error) {
 	d := newDecoder(body)
-	p := TaskPatch{
-		Title:       d.text("title", optional, titleViolations).Value,
+	return d.task(optional), d.end()
+}
+
+// task takes the members that a client may set at any time.
+func (d *decoder) task(title presence) TaskPatch {
+	return TaskPatch{
+		Title:       d.text("title", title, titleViolations).Value,
 		Description: d.text("description", nullable, descriptionViolations),
 		Completed:   d.boolean("completed", optional),
 	}
-	return p, d.end()
 }
 
 // decodeCompletion decodes the body of a PATCH of the completion.
