@@ -4,7 +4,8 @@ package main
 
 // docs_test.go uses docs.html as people do, by pointer and by keyboard, in a
 // real browser. Chromedriver drives it by the WebDriver protocol
-// (https://www.w3.org/TR/webdriver2/): JSON over HTTP.
+// (https://www.w3.org/TR/webdriver2/): JSON over HTTP. Debian has both, in its
+// packages chromium and chromium-driver.
 
 import (
 	"bufio"
@@ -72,9 +73,7 @@ func startDriver(t testing.TB) string {
 	cmd.Env = append(cmd.Environ(), "HOME="+home, "TMPDIR="+home, "XDG_CONFIG_HOME=", "XDG_CACHE_HOME=")
 	stdout, err := cmd.StdoutPipe()
 	must(t, err)
-	if err := cmd.Start(); err != nil {
-		t.Fatalf("%v: this test needs Debian's packages chromium and chromium-driver", err)
-	}
+	must(t, cmd.Start())
 	t.Cleanup(func() {
 		cmd.Process.Kill()
 		cmd.Wait()
@@ -148,12 +147,6 @@ func eval[T any](b *browser, script string) (value T) {
 	b.Helper()
 	b.call("POST", "/execute/sync", &value, object{"script": script, "args": []any{}})
 	return value
-}
-
-// devtools sends a command of the Chrome DevTools Protocol.
-func (b *browser) devtools(command string, params map[string]any) {
-	b.Helper()
-	b.call("POST", "/goog/cdp/execute", nil, object{"cmd": command, "params": params})
 }
 
 // within returns the XPath of what is within an operation.
@@ -264,10 +257,6 @@ func TestBrowserTasks(t *testing.T) {
 			t.Errorf("%s: the request changes the direction of text, or has ignored members: %s", tt.to, command)
 		}
 	}
-	b.press("completeTask", "Fetch a task")
-	if got := answered[Task](b, "getTask", "200 OK"); got.Version != 5 {
-		t.Errorf("fetched %+v", got)
-	}
 
 	b.click(within("listTasks", "/summary"))
 	b.fill("listTasks", "completed", "true")
@@ -281,9 +270,7 @@ func TestBrowserTasks(t *testing.T) {
 	b.press("listTasks", "Send")
 	b.press("listTasks", "Delete a task")
 	b.press("deleteTask", "Send")
-	if got := b.answer("deleteTask", "204 No Content", "Headers"); !strings.Contains(got, "x-request-id: ") {
-		t.Errorf("headers of the answer:\n%s", got)
-	}
+	b.answer("deleteTask", "204 No Content", "Headers")
 	b.press("deleteTask", "Send")
 	b.answer("deleteTask", "404 Not Found", "Body")
 
@@ -292,7 +279,7 @@ func TestBrowserTasks(t *testing.T) {
 	if shown := b.text("createTask", "//*[@role='status']"); refused.Detail == "" || !strings.Contains(shown, refused.Detail) {
 		t.Errorf("%q does not say %q", shown, refused.Detail)
 	}
-	b.fill("getTask", "id", "")
+	b.click(within("getTask", "/summary"))
 	b.press("getTask", "Send")
 	if focus := eval[string](b, `return document.activeElement.labels[0].textContent`); focus != "id" {
 		t.Errorf("without an id, the focus is on %q", focus)
@@ -371,11 +358,10 @@ func TestBrowserText(t *testing.T) {
 	a.create(`{"title": "First"}`)
 	b := newBrowser(t, a.url+"/docs")
 	title := `<img src=x onerror="document.title='run'"> it's $(id) ` + "`id` \\ !"
-	quoted, _ := json.Marshal(title)
-	body := "{\n  \"title\": " + string(quoted) + "\n}"
+	body, _ := json.MarshalIndent(object{"title": title}, "", "  ")
 	b.click(within("common", "/summary"))
 	b.fill("common", "One header per line", "Authorization: Bearer it's\nCookie: a=b\nX-None:")
-	b.fill("createTask", "Body", body)
+	b.fill("createTask", "Body", string(body))
 	b.fill("createTask", "URL", "/api/tasks?user_id=[it's]")
 	command := b.text("createTask", asCurl)
 	args, err := exec.Command("sh", "-c", `curl() { printf '%s\0' "$@"; }; `+command).Output()
@@ -383,7 +369,7 @@ func TestBrowserText(t *testing.T) {
 	got := strings.Split(strings.TrimSuffix(string(args), "\x00"), "\x00")
 	want := []string{
 		"-iL", "--globoff", "-X", "POST", a.url + "/api/tasks?user_id=[it%27s]", "-H", "authorization: Bearer it's",
-		"-H", "content-type: application/json", "-H", "x-none;", "--data-raw", body,
+		"-H", "content-type: application/json", "-H", "x-none;", "--data-raw", string(body),
 	}
 	if !slices.Equal(got, want) {
 		t.Errorf("curl's arguments are\n%q, want\n%q", got, want)
@@ -429,18 +415,16 @@ func TestBrowserOddAnswers(t *testing.T) {
 		"truncated": {`{"id": "1`, "is broken"},
 		"html":      {"<b>Bad</b>\r\n gateway", "is broken"},
 		"object":    {`{"id": "1", "version": {"toString": 1}, "detail": {"toString": 1}, "errors": [null]}`, "200 OK"},
-		"array":     {`[null, {"id": "1", "title": {"toString": 1}, "version": 1}]`, "200 OK"},
-		"null":      {` null `, "200 OK"},
+		"array":     {` [null, {"id": "1", "title": {"toString": 1}, "version": 1}]`, "200 OK"},
 		"markdown":  {"{\"detail\": \"**not** `marked`\"}", "**not** `marked`"},
 		"numbers":   {`{"id":"1","n":[9007199254740993,1.0,1E2,-0],"s":"a\/b  c","title":"` + "\u202e" + `"}`, "200 OK"},
 		"deep":      {strings.Repeat(`{"a":[`, 5000) + strings.Repeat("]}", 5000), "200 OK"},
 		"bom":       {"\ufeff{}", "is broken"},
 		"broken":    {`{"id": "1"}`, "is broken"},
 	}
-	a := newAPI(t, Options{})
 	arrived, shown := make(chan bool, 10), make(chan bool)
 	mux := http.NewServeMux()
-	mux.Handle("/", a.Handler)
+	mux.Handle("/", newAPI(t, Options{}).Handler)
 	mux.HandleFunc("/odd/{name}", func(w http.ResponseWriter, r *http.Request) {
 		io.Copy(io.Discard, r.Body)
 		w.Header().Set("Content-Type", "application/problem+json")
@@ -472,10 +456,9 @@ func TestBrowserOddAnswers(t *testing.T) {
 		}
 	}
 
-	const may = "may have been done"
 	b.fill("createTask", "URL", "/none")
 	b.fill("createTask", "Body", "{}"+keyControl+keyEnter)
-	if got := b.text("createTask", says("No answer came")); !strings.Contains(got, may) || !strings.Contains(b.text("createTask", asCurl), "/none'") {
+	if got := b.text("createTask", says("No answer came")); !strings.Contains(got, "may have been done") || !strings.Contains(b.text("createTask", asCurl), "/none'") {
 		t.Errorf("after a lost connection: %q", got)
 	}
 	for operation, change := range map[string]bool{"deleteTask": true, "getTask": false} {
@@ -485,7 +468,7 @@ func TestBrowserOddAnswers(t *testing.T) {
 		b.text(operation, says("Waiting"))
 		b.press(operation, "Send")
 		b.press(operation, "Cancel")
-		if got := b.text(operation, says("Cancelled")); strings.Contains(got, may) != change {
+		if got := b.text(operation, says("Cancelled")); strings.Contains(got, "may have been done") != change {
 			t.Errorf("after a cancelled %s: %q", operation, got)
 		}
 	}
@@ -523,7 +506,7 @@ func TestBrowserLinks(t *testing.T) {
 	if pages := bytes.Count(pdf, []byte("/Type /Page\n")); pages < 8 || pages > 18 {
 		t.Errorf("%d pages are printed", pages)
 	}
-	b.devtools("Emulation.setEmulatedMedia", object{"media": "print"})
+	b.call("POST", "/goog/cdp/execute", nil, object{"cmd": "Emulation.setEmulatedMedia", "params": object{"media": "print"}})
 	wrong := eval[int](b, `return [...document.querySelectorAll('form, .reference')]
 		.filter((part) => part.checkVisibility({ contentVisibilityAuto: true }) === part.matches('form')).length`)
 	if wrong > 0 {
@@ -580,12 +563,11 @@ func TestBrowserLooks(t *testing.T) {
 	eval[any](b, `for (const details of document.querySelectorAll('details')) details.open = true;`)
 
 	for _, theme := range []string{"light", "dark"} {
-		features := []object{{"name": "prefers-color-scheme", "value": theme}}
-		b.devtools("Emulation.setEmulatedMedia", object{"features": features})
+		media := object{"features": []object{{"name": "prefers-color-scheme", "value": theme}}}
+		b.call("POST", "/goog/cdp/execute", nil, object{"cmd": "Emulation.setEmulatedMedia", "params": media})
 		for _, width := range []int{1280, 320} {
-			b.devtools("Emulation.setDeviceMetricsOverride", object{
-				"width": width, "height": 740, "deviceScaleFactor": 1, "mobile": width < 500,
-			})
+			screen := object{"width": width, "height": 740, "deviceScaleFactor": 1, "mobile": width < 500}
+			b.call("POST", "/goog/cdp/execute", nil, object{"cmd": "Emulation.setDeviceMetricsOverride", "params": screen})
 			got := eval[appearance](b, looks)
 			if got.Width > width || got.Dark != (theme == "dark") || got.Texts < 1000 || len(got.Faint) > 0 {
 				t.Errorf("%s, %d wide: %+v", theme, width, got)
@@ -624,10 +606,7 @@ const behind = (element) => {
 	const color = element ? getComputedStyle(element).backgroundColor : 'rgb(255, 255, 255)';
 	return color === 'rgba(0, 0, 0, 0)' ? behind(element.parentElement) : color;
 };
-const contrast = (...colors) => {
-	const [low, high] = colors.map(luminance).sort((x, y) => x - y);
-	return (high + 0.05) / (low + 0.05);
-};
+const contrast = (...colors) => (Math.max(...colors.map(luminance)) + 0.05) / (Math.min(...colors.map(luminance)) + 0.05);
 // The page's policy forbids style elements, but not sheets that a script adopts.
 const sheet = new CSSStyleSheet();
 sheet.replaceSync('* { line-height: 1.5 !important; letter-spacing: 0.12em !important; word-spacing: 0.16em !important } p { margin-bottom: 2em !important }');
