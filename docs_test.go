@@ -4,7 +4,8 @@ package main
 
 // docs_test.go uses docs.html as people do, by pointer and by keyboard, in a
 // real browser. Chromedriver drives it by the WebDriver protocol
-// (https://www.w3.org/TR/webdriver2/): JSON over HTTP.
+// (https://www.w3.org/TR/webdriver2/): JSON over HTTP. Debian has both, in its
+// packages chromium and chromium-driver.
 
 import (
 	"bufio"
@@ -12,11 +13,8 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
-	"log"
 	"net/http"
 	"net/http/httptest"
-	"net/http/httputil"
-	"net/url"
 	"os/exec"
 	"slices"
 	"strings"
@@ -32,9 +30,11 @@ const pageTimeout = 20 * time.Second
 const (
 	elementKey = "element-6066-11e4-a52e-4f735466cecf"
 
-	keyTab     = "\uE004"
-	keyEnter   = "\uE007"
-	keyControl = "\uE009"
+	keyNull      = "\uE000" // releases the keys held
+	keyBackspace = "\uE003"
+	keyTab       = "\uE004"
+	keyEnter     = "\uE007"
+	keyControl   = "\uE009"
 )
 
 // object is a JSON object.
@@ -43,7 +43,6 @@ type object = map[string]any
 // browser is a browser that shows the page.
 type browser struct {
 	testing.TB
-	base    string // URL of the only host that the page may send requests to
 	session string // URL of the WebDriver session
 }
 
@@ -51,9 +50,7 @@ type browser struct {
 // when the test ends.
 func newBrowser(t testing.TB, page string) *browser {
 	t.Helper()
-	at, err := url.Parse(page)
-	must(t, err)
-	b := &browser{TB: t, base: at.Scheme + "://" + at.Host, session: startDriver(t) + "/session"}
+	b := &browser{TB: t, session: startDriver(t) + "/session"}
 	flags := "--headless=new --no-sandbox --disable-gpu --disable-dev-shm-usage --disable-quic --no-first-run " +
 		"--disable-background-networking --disable-component-update --disable-sync --window-size=1280,900 --user-data-dir="
 	var session struct{ SessionID string }
@@ -75,12 +72,8 @@ func startDriver(t testing.TB) string {
 	home := t.TempDir()
 	cmd.Env = append(cmd.Environ(), "HOME="+home, "TMPDIR="+home, "XDG_CONFIG_HOME=", "XDG_CACHE_HOME=")
 	stdout, err := cmd.StdoutPipe()
-	if err == nil {
-		err = cmd.Start()
-	}
-	if err != nil {
-		t.Fatalf("%v: this test needs Debian's packages chromium and chromium-driver", err)
-	}
+	must(t, err)
+	must(t, cmd.Start())
 	t.Cleanup(func() {
 		cmd.Process.Kill()
 		cmd.Wait()
@@ -149,16 +142,11 @@ func (b *browser) keys(keys string) {
 	b.call("POST", "/actions", nil, object{"actions": []object{{"type": "key", "id": "keyboard", "actions": actions}}})
 }
 
-// script runs JavaScript and decodes what it returns into result.
-func (b *browser) script(result any, script string) {
+// eval runs JavaScript and returns what it returns.
+func eval[T any](b *browser, script string) (value T) {
 	b.Helper()
-	b.call("POST", "/execute/sync", result, object{"script": script, "args": []any{}})
-}
-
-// devtools sends a command of the Chrome DevTools Protocol.
-func (b *browser) devtools(command string, params map[string]any) {
-	b.Helper()
-	b.call("POST", "/goog/cdp/execute", nil, object{"cmd": command, "params": params})
+	b.call("POST", "/execute/sync", &value, object{"script": script, "args": []any{}})
+	return value
 }
 
 // within returns the XPath of what is within an operation.
@@ -185,18 +173,12 @@ func control(operation, label string) string {
 	return within(operation, "//label[span='"+label+"']/*[2]")
 }
 
-// fill types a text into a control in the place of what was there.
+// fill types a text into a control in the place of what was there, or selects the
+// option that begins so.
 func (b *browser) fill(operation, label, text string) {
 	b.Helper()
 	path := b.find(control(operation, label))
-	b.call("POST", path+"/clear", nil, struct{}{})
-	b.call("POST", path+"/value", nil, object{"text": text})
-}
-
-// choose selects an option of a control.
-func (b *browser) choose(operation, label, option string) {
-	b.Helper()
-	b.click(control(operation, label) + "/option[.='" + option + "']")
+	b.call("POST", path+"/value", nil, object{"text": keyControl + "a" + keyNull + keyBackspace + text})
 }
 
 // property returns a property of an element.
@@ -234,48 +216,25 @@ func send[T any](b *browser, operation, status string) T {
 	return answered[T](b, operation, status)
 }
 
-// wantQuiet fails the test if the console tells of anything but failed requests
-// of the given statuses. It would tell of a script that fails, and of each
-// violation of the Content-Security-Policy, such as a request to another host.
-func (b *browser) wantQuiet(failed ...int) {
+// wantQuiet fails the test if the console reports anything but responses with an
+// error status. It reports scripts that fail, and each violation of the
+// Content-Security-Policy, such as a request to another host.
+func (b *browser) wantQuiet() {
 	b.Helper()
 	var entries []struct{ Level, Source, Message string }
 	b.call("POST", "/se/log", &entries, object{"type": "browser"})
-	var got []int
 	for _, entry := range entries {
-		var status int
-		if _, after, _ := strings.Cut(entry.Message, "status of "); entry.Source == "network" {
-			fmt.Sscan(after, &status)
-			got = append(got, status)
-		} else {
+		if entry.Source != "network" || !strings.Contains(entry.Message, "with a status of 4") {
 			b.Errorf("console: %+v", entry)
 		}
 	}
-	if !slices.Equal(got, failed) {
-		b.Errorf("requests failed with %v, want %v", got, failed)
-	}
-}
-
-// proxied returns the URL of an API behind a proxy that takes off a prefix and
-// changes the headers of answers.
-func (a *api) proxied(prefix string, change func(http.Header)) string {
-	a.Helper()
-	at, err := url.Parse(a.url)
-	must(a, err)
-	proxy := httputil.NewSingleHostReverseProxy(at)
-	proxy.ModifyResponse = func(resp *http.Response) error {
-		change(resp.Header)
-		return nil
-	}
-	server := httptest.NewServer(http.StripPrefix(prefix, proxy))
-	a.Cleanup(server.Close)
-	return server.URL + prefix
 }
 
 // A task goes from operation to operation, and nothing of it is lost on the way.
 func TestBrowserTasks(t *testing.T) {
 	t.Parallel()
-	b := newBrowser(t, newAPI(t, Options{}).url+"/docs")
+	a := newAPI(t, Options{})
+	b := newBrowser(t, a.url+"/docs")
 	title := "Buy\u202e milk"
 	b.fill("createTask", "Body", `{"title": "`+title+`", "description": "Two litres"}`)
 	created := send[Task](b, "createTask", "201 Created")
@@ -294,60 +253,45 @@ func TestBrowserTasks(t *testing.T) {
 			got.Completed != tt.completed || got.Version != int64(i)+2 {
 			t.Errorf("%s: %+v", tt.to, got)
 		}
-		if strings.Contains(b.text(tt.to, asCurl), "\u202e") {
-			t.Errorf("%s: a title turns the command around", tt.to)
+		if command := b.text(tt.to, asCurl); strings.ContainsAny(command, "\u202e") || strings.Contains(command, "version") {
+			t.Errorf("%s: the request changes the direction of text, or has ignored members: %s", tt.to, command)
 		}
-	}
-	b.press("completeTask", "Fetch a task")
-	if got := answered[Task](b, "getTask", "200 OK"); got.Version != 5 {
-		t.Errorf("fetched %+v", got)
 	}
 
 	b.click(within("listTasks", "/summary"))
-	b.choose("listTasks", "completed", "true")
+	b.fill("listTasks", "completed", "true")
 	if got := send[[]Task](b, "listTasks", "200 OK"); len(got) != 0 {
 		t.Errorf("listed completed %+v", got)
 	}
-	b.fill("listTasks", "Path and query", b.base+"/api/tasks?limit=5"+keyTab)
+	b.fill("listTasks", "URL", a.url+"/api/tasks?limit=5")
 	if got := b.property(control("listTasks", "limit"), "value"); got != "5" {
 		t.Errorf("limit is %q after the address was edited", got)
 	}
 	b.press("listTasks", "Send")
 	b.press("listTasks", "Delete a task")
 	b.press("deleteTask", "Send")
-	if got := b.answer("deleteTask", "204 No Content", "Headers"); !strings.Contains(got, "x-request-id: ") {
-		t.Errorf("headers of the answer:\n%s", got)
-	}
+	b.answer("deleteTask", "204 No Content", "Headers")
 	b.press("deleteTask", "Send")
 	b.answer("deleteTask", "404 Not Found", "Body")
 
 	b.fill("createTask", "Body", `{"title": " ", "colour": "red"}`)
-	b.press("createTask", "Send")
-	shown := b.text("createTask", says("422 Unprocessable Entity"))
-	for _, want := range []string{"#/title", "must not be blank", "#/colour"} {
-		if !strings.Contains(shown, want) {
-			t.Errorf("%q does not say %q", shown, want)
-		}
+	refused := send[problem](b, "createTask", "422 Unprocessable Entity")
+	if shown := b.text("createTask", "//*[@role='status']"); refused.Detail == "" || !strings.Contains(shown, refused.Detail) {
+		t.Errorf("%q does not say %q", shown, refused.Detail)
 	}
-	b.fill("getTask", "id", "")
+	b.click(within("getTask", "/summary"))
 	b.press("getTask", "Send")
-	var focus string
-	b.script(&focus, `return document.activeElement.labels[0].textContent`)
-	if focus != "id" {
+	if focus := eval[string](b, `return document.activeElement.labels[0].textContent`); focus != "id" {
 		t.Errorf("without an id, the focus is on %q", focus)
 	}
-	b.wantQuiet(404, 422)
+	b.wantQuiet()
 }
 
-// A request can ask for the version that an earlier answer told of, though a
-// proxy weakens entity tags. The ids of deleted tasks are offered no more.
+// A request can name the version that an earlier answer had. The ids of deleted
+// tasks are not offered.
 func TestBrowserETag(t *testing.T) {
 	t.Parallel()
-	b := newBrowser(t, newAPI(t, Options{}).proxied("", func(h http.Header) {
-		if tag := h.Get("ETag"); tag != "" {
-			h.Set("ETag", "W/"+tag)
-		}
-	})+"/docs")
+	b := newBrowser(t, newAPI(t, Options{}).url+"/docs")
 	older := send[Task](b, "createTask", "201 Created")
 	b.press("createTask", "Fetch a task")
 	answered[Task](b, "getTask", "200 OK")
@@ -356,9 +300,9 @@ func TestBrowserETag(t *testing.T) {
 	b.answer("getTask", "304 Not Modified", "Headers")
 
 	b.click(within("completeTask", "/summary"))
-	b.press("completeTask", "Use id: "+older.ID[:8]+"…")
+	b.press("completeTask", "Use id: "+older.ID)
 	b.press("completeTask", `Use If-Match: "1"`)
-	b.choose("completeTask", "Example", "No body")
+	b.fill("completeTask", "Example", "No body")
 	send[Task](b, "completeTask", "200 OK")
 	send[any](b, "completeTask", "412 Precondition Failed")
 	b.press("completeTask", "Fetch a task")
@@ -377,38 +321,33 @@ func TestBrowserETag(t *testing.T) {
 	newer := send[Task](b, "createTask", "201 Created")
 	b.press("deleteTask", "Send")
 	b.answer("deleteTask", "204 No Content", "Headers")
-	b.press("deleteTask", "Use id: "+newer.ID[:8]+"…")
-	b.wantQuiet(412)
+	b.press("deleteTask", "Use id: "+newer.ID)
+	b.wantQuiet()
 }
 
-// The page works where a proxy has put the service below a prefix, too.
+// The page works below a prefix, too.
 func TestBrowserPages(t *testing.T) {
-	for _, prefix := range []string{"", "/some/where"} {
-		t.Run(prefix, func(t *testing.T) {
-			t.Parallel()
-			a := newAPI(t, Options{})
-			for i := range 3 {
-				a.create(fmt.Sprintf(`{"title": "Task %d"}`, i))
-			}
-			b := newBrowser(t, a.proxied(prefix, func(h http.Header) {
-				h.Set("Link", strings.ReplaceAll(h.Get("Link"), "</", "<"+prefix+"/"))
-			})+"/docs#listTasks")
-			b.fill("listTasks", "limit", "2")
-			first := send[[]Task](b, "listTasks", "200 OK")
-			b.press("listTasks", "Next page")
-			b.find(within("listTasks", "//pre[contains(., 'Task 2')]"))
-			if got := answered[[]Task](b, "listTasks", "200 OK"); len(first) != 2 || len(got) != 1 {
-				t.Errorf("pages: %+v, %+v", first, got)
-			}
-			if _, ok := parseID(b.property(control("listTasks", "after"), "value")); !ok {
-				t.Errorf("after is %q", b.property(control("listTasks", "after"), "value"))
-			}
-			if strings.Contains(b.text("listTasks", "//*[@role='group' and @aria-label='What next']"), "Next page") {
-				t.Error("the last page has a next one")
-			}
-			b.wantQuiet()
-		})
+	t.Parallel()
+	a := newAPI(t, Options{Prefix: "/todo"})
+	for i := range 3 {
+		a.create(fmt.Sprintf(`{"title": "Task %d"}`, i))
 	}
+	server := httptest.NewServer(http.StripPrefix("/todo", a.Handler))
+	t.Cleanup(server.Close)
+	b := newBrowser(t, server.URL+"/todo/docs#listTasks")
+	b.fill("listTasks", "limit", "2")
+	first := send[[]Task](b, "listTasks", "200 OK")
+	b.press("listTasks", "Next page")
+	if got := answered[[]Task](b, "listTasks", "200 OK"); len(first) != 2 || len(got) != 1 {
+		t.Errorf("pages: %+v, %+v", first, got)
+	}
+	if got := b.property(control("listTasks", "after"), "value"); got != first[1].ID {
+		t.Errorf("after is %q", got)
+	}
+	if strings.Contains(b.text("listTasks", "//*[@role='group' and @aria-label='What next']"), "Next page") {
+		t.Error("the last page has a next one")
+	}
+	b.wantQuiet()
 }
 
 // Text from clients stays text, on the page and in the shell. The command is
@@ -416,21 +355,21 @@ func TestBrowserPages(t *testing.T) {
 func TestBrowserText(t *testing.T) {
 	t.Parallel()
 	a := newAPI(t, Options{})
+	a.create(`{"title": "First"}`)
 	b := newBrowser(t, a.url+"/docs")
 	title := `<img src=x onerror="document.title='run'"> it's $(id) ` + "`id` \\ !"
-	quoted, _ := json.Marshal(title)
-	body := "{\n  \"title\": " + string(quoted) + "\n}"
+	body, _ := json.MarshalIndent(object{"title": title}, "", "  ")
 	b.click(within("common", "/summary"))
 	b.fill("common", "One header per line", "Authorization: Bearer it's\nCookie: a=b\nX-None:")
-	b.fill("createTask", "Body", body)
-	b.fill("createTask", "Path and query", "/api/tasks?user_id=[it's]")
+	b.fill("createTask", "Body", string(body))
+	b.fill("createTask", "URL", "/api/tasks?user_id=[it's]")
 	command := b.text("createTask", asCurl)
 	args, err := exec.Command("sh", "-c", `curl() { printf '%s\0' "$@"; }; `+command).Output()
 	must(t, err)
 	got := strings.Split(strings.TrimSuffix(string(args), "\x00"), "\x00")
 	want := []string{
 		"-iL", "--globoff", "-X", "POST", a.url + "/api/tasks?user_id=[it%27s]", "-H", "authorization: Bearer it's",
-		"-H", "content-type: application/json", "-H", "x-none;", "--data-raw", body,
+		"-H", "content-type: application/json", "-H", "x-none;", "--data-raw", string(body),
 	}
 	if !slices.Equal(got, want) {
 		t.Errorf("curl's arguments are\n%q, want\n%q", got, want)
@@ -445,11 +384,11 @@ func TestBrowserText(t *testing.T) {
 	if got := b.property(control("createTask", "Body"), "value"); got != command {
 		t.Errorf("copied %q, want %q", got, command)
 	}
-	b.script(nil, `Object.defineProperty(navigator, 'clipboard', {})`)
+	eval[any](b, `Object.defineProperty(navigator, 'clipboard', {})`)
 	b.press("createTask", "Copy")
 	b.find(within("createTask", "//button[contains(., 'press Ctrl+C')]"))
 	for address, header := range map[string]string{"https://elsewhere.example/": "X-Common: 1", "/api/tasks": "no colon"} {
-		b.fill("createTask", "Path and query", address)
+		b.fill("createTask", "URL", address)
 		b.fill("common", "One header per line", header)
 		b.press("createTask", "Send")
 		b.text("createTask", says("cannot be sent"))
@@ -458,11 +397,10 @@ func TestBrowserText(t *testing.T) {
 
 	b.click(within("listTasks", "/summary"))
 	send[[]Task](b, "listTasks", "200 OK")
-	if got, want := b.property(control("listTasks", "Task")+"/option", "textContent"), "1. "+title; got != want {
+	if got, want := b.property(control("listTasks", "Task")+"/option[2]", "textContent"), "2. "+title; got != want {
 		t.Errorf("offered task is %q, want %q", got, want)
 	}
-	var made string
-	b.script(&made, `return document.title + document.querySelectorAll('img, [onerror]').length + localStorage.length`)
+	made := eval[string](b, `return document.title + document.querySelectorAll('img, [onerror]').length + localStorage.length`)
 	if made != "Tasks API00" {
 		t.Errorf("a title has become markup, or something is stored: %s", made)
 	}
@@ -473,81 +411,71 @@ func TestBrowserText(t *testing.T) {
 // have happened.
 func TestBrowserOddAnswers(t *testing.T) {
 	t.Parallel()
-	const problem = "application/problem+json"
-	odd := map[string]struct{ contentType, body, says string }{
-		"truncated": {"application/json", `{"id": "1`, "200 OK"},
-		"html":      {"application/json", "<b>Bad</b>\r\n gateway", "200 OK"},
-		"object":    {problem, `{"id": "1", "version": {"toString": 1}, "detail": {"toString": 1}, "errors": [null, 1, {"detail": "told", "in": {"toString": 1}}]}`, "told"},
-		"array":     {problem, `[null, {"id": "1", "title": {"toString": 1}}]`, "200 OK"},
-		"null":      {problem, ` null `, "200 OK"},
-		"markdown":  {problem, "{\"detail\": \"**not** `marked`\"}", "**not** `marked`"},
-		"numbers":   {"application/json", `{"id":"1","n":[9007199254740993,1.0,1E2,-0],"s":"a\/b  c","title":"` + "\u202e" + `"}`, "200 OK"},
-		"deep":      {"application/json", strings.Repeat(`{"a":[`, 5000) + strings.Repeat("]}", 5000), "200 OK"},
-		"bom":       {"application/json", "\ufeff{}", "200 OK"},
-		"broken":    {"application/json", `{"id": "1", `, "broke off"},
+	odd := map[string]struct{ body, says string }{
+		"truncated": {`{"id": "1`, "is broken"},
+		"html":      {"<b>Bad</b>\r\n gateway", "is broken"},
+		"object":    {`{"id": "1", "version": {"toString": 1}, "detail": {"toString": 1}, "errors": [null]}`, "200 OK"},
+		"array":     {` [null, {"id": "1", "title": {"toString": 1}, "version": 1}]`, "200 OK"},
+		"markdown":  {"{\"detail\": \"**not** `marked`\"}", "**not** `marked`"},
+		"numbers":   {`{"id":"1","n":[9007199254740993,1.0,1E2,-0],"s":"a\/b  c","title":"` + "\u202e" + `"}`, "200 OK"},
+		"deep":      {strings.Repeat(`{"a":[`, 5000) + strings.Repeat("]}", 5000), "200 OK"},
+		"bom":       {"\ufeff{}", "is broken"},
+		"broken":    {`{"id": "1"}`, "is broken"},
 	}
-	a := newAPI(t, Options{})
 	arrived, shown := make(chan bool, 10), make(chan bool)
 	mux := http.NewServeMux()
-	mux.Handle("/", a.Handler)
+	mux.Handle("/", newAPI(t, Options{}).Handler)
 	mux.HandleFunc("/odd/{name}", func(w http.ResponseWriter, r *http.Request) {
 		io.Copy(io.Discard, r.Body)
-		answer, ok := odd[r.PathValue("name")]
-		if !ok {
-			arrived <- true
-			<-r.Context().Done() // until it is cancelled
-			return
-		}
-		w.Header().Set("Content-Type", answer.contentType)
-		io.WriteString(w, answer.body)
+		w.Header().Set("Content-Type", "application/problem+json")
+		io.WriteString(w, odd[r.PathValue("name")].body)
 		if r.PathValue("name") == "broken" {
 			http.NewResponseController(w).Flush()
 			<-shown
 			panic(http.ErrAbortHandler)
 		}
 	})
+	mux.HandleFunc("/api/tasks/wait", func(w http.ResponseWriter, r *http.Request) {
+		arrived <- true
+		<-r.Context().Done() // until it is cancelled
+	})
 	mux.HandleFunc("/none", func(http.ResponseWriter, *http.Request) { panic(http.ErrAbortHandler) })
-	server := httptest.NewUnstartedServer(mux)
-	server.Config.ErrorLog = log.New(io.Discard, "", 0)
-	server.Start()
+	server := httptest.NewServer(mux)
 	t.Cleanup(server.Close)
 	b := newBrowser(t, server.URL+"/docs")
 	for name, want := range odd {
-		b.fill("createTask", "Path and query", "/odd/"+name)
+		b.fill("createTask", "URL", "/odd/"+name)
 		b.press("createTask", "Send")
 		if name == "broken" {
 			b.text("createTask", says("the rest"))
 			shown <- true
 		}
-		says := b.text("createTask", says("odd/"+name+" in"))
+		says := b.text("createTask", says("odd/"+name))
 		if got := b.answer("createTask", "200 OK", "Body"); got != want.body || !strings.Contains(says, want.says) {
 			t.Errorf("%s: shown is %q, with %.200q", name, says, got)
 		}
 	}
 
-	const may = "may have been done"
-	b.fill("createTask", "Path and query", "/none")
+	b.fill("createTask", "URL", "/none")
 	b.fill("createTask", "Body", "{}"+keyControl+keyEnter)
-	if got := b.text("createTask", says("No answer came")); !strings.Contains(got, may) || !strings.Contains(b.text("createTask", asCurl), "/none'") {
+	if got := b.text("createTask", says("No answer came")); !strings.Contains(got, "may have been done") || !strings.Contains(b.text("createTask", asCurl), "/none'") {
 		t.Errorf("after a lost connection: %q", got)
 	}
-	for method, change := range map[string]bool{"DELETE": true, "GET": false} {
-		b.choose("createTask", "Method", method)
-		b.fill("createTask", "Path and query", "/odd/wait"+keyEnter)
+	for operation, change := range map[string]bool{"deleteTask": true, "getTask": false} {
+		b.click(within(operation, "/summary"))
+		b.fill(operation, "id", "wait"+keyEnter)
 		<-arrived
-		b.text("createTask", says("Waiting"))
-		b.press("createTask", "Send")
-		b.press("createTask", "Cancel")
-		if got := b.text("createTask", says("Cancelled")); strings.Contains(got, may) != change {
-			t.Errorf("after a cancelled %s: %q", method, got)
+		b.text(operation, says("Waiting"))
+		b.press(operation, "Send")
+		b.press(operation, "Cancel")
+		if got := b.text(operation, says("Cancelled")); strings.Contains(got, "may have been done") != change {
+			t.Errorf("after a cancelled %s: %q", operation, got)
 		}
 	}
 	if len(arrived) > 0 {
 		t.Error("a request was sent while one was awaited")
 	}
-	var focus string
-	b.script(&focus, `return document.activeElement.textContent`)
-	if focus != "Send" {
+	if focus := eval[string](b, `return document.activeElement.textContent`); focus != "Send" {
 		t.Errorf("after Cancel, the focus is on %q", focus)
 	}
 }
@@ -559,8 +487,7 @@ func TestBrowserLinks(t *testing.T) {
 	b.find("//section[@id='all']")
 	wantOpen := func(want ...string) {
 		t.Helper()
-		var got []string
-		b.script(&got, `return [location.hash, ...[...document.querySelectorAll('.operation[open]')].map((open) => open.id)]`)
+		got := eval[[]string](b, `return [location.hash, ...[...document.querySelectorAll('.operation[open]')].map((open) => open.id)]`)
 		if !slices.Equal(got, want) {
 			t.Errorf("the address and what is open are %q, want %q", got, want)
 		}
@@ -570,7 +497,7 @@ func TestBrowserLinks(t *testing.T) {
 	wantOpen("#listTasks", "listTasks", "getTask")
 	b.click(within("getTask", "//a[@href='#getTask']"))
 	wantOpen("#getTask", "listTasks", "getTask")
-	b.script(nil, `location.hash = 'deleteTask'`)
+	eval[any](b, `location.hash = 'deleteTask'`)
 	b.find(within("deleteTask", "[@open]"))
 	wantOpen("#deleteTask", "listTasks", "getTask", "deleteTask")
 
@@ -579,9 +506,8 @@ func TestBrowserLinks(t *testing.T) {
 	if pages := bytes.Count(pdf, []byte("/Type /Page\n")); pages < 8 || pages > 18 {
 		t.Errorf("%d pages are printed", pages)
 	}
-	b.devtools("Emulation.setEmulatedMedia", object{"media": "print"})
-	var wrong int
-	b.script(&wrong, `return [...document.querySelectorAll('form, .reference')]
+	b.call("POST", "/goog/cdp/execute", nil, object{"cmd": "Emulation.setEmulatedMedia", "params": object{"media": "print"}})
+	wrong := eval[int](b, `return [...document.querySelectorAll('form, .reference')]
 		.filter((part) => part.checkVisibility({ contentVisibilityAuto: true }) === part.matches('form')).length`)
 	if wrong > 0 {
 		t.Errorf("%d parts are not as they are to be printed", wrong)
@@ -597,14 +523,12 @@ func TestBrowserKeyboard(t *testing.T) {
 	tabTo := func(text string) {
 		t.Helper()
 		for range 100 {
-			var focus struct{ Text, Outline string }
 			b.keys(keyTab)
-			b.script(&focus, `const { textContent: text } = document.activeElement;
-				return { text, outline: getComputedStyle(document.activeElement).outlineStyle };`)
-			if focus.Outline == "none" {
-				t.Errorf("the focus on %q cannot be seen", focus.Text)
+			focus := eval[[]string](b, `return [document.activeElement.textContent, getComputedStyle(document.activeElement).outlineStyle]`)
+			if focus[1] == "none" {
+				t.Errorf("the focus on %q cannot be seen", focus[0])
 			}
-			if focus.Text == text {
+			if focus[0] == text {
 				return
 			}
 		}
@@ -630,61 +554,44 @@ func TestBrowserLooks(t *testing.T) {
 	t.Parallel()
 	b := newBrowser(t, newAPI(t, Options{}).url+"/docs")
 	b.fill("createTask", "Body", `{"title": "`+strings.Repeat("W", 200)+`"}`)
-	b.fill("createTask", "Path and query", "/api/tasks?user_id="+strings.Repeat("w", 255))
+	b.fill("createTask", "URL", "/api/tasks?user_id="+strings.Repeat("w", 255))
 	send[Task](b, "createTask", "201 Created")
 	b.click(within("listTasks", "/summary"))
 	send[[]Task](b, "listTasks", "200 OK")
 	b.fill("createTask", "Body", "{}")
-	send[any](b, "createTask", "422 Unprocessable Entity")
-	b.script(nil, `for (const details of document.querySelectorAll('details')) details.open = true;`)
+	send[problem](b, "createTask", "422 Unprocessable Entity")
+	eval[any](b, `for (const details of document.querySelectorAll('details')) details.open = true;`)
 
 	for _, theme := range []string{"light", "dark"} {
+		media := object{"features": []object{{"name": "prefers-color-scheme", "value": theme}}}
+		b.call("POST", "/goog/cdp/execute", nil, object{"cmd": "Emulation.setEmulatedMedia", "params": media})
 		for _, width := range []int{1280, 320} {
-			t.Run(fmt.Sprint(theme, width), func(t *testing.T) {
-				b.devtools("Emulation.setEmulatedMedia", object{
-					"features": []any{object{"name": "prefers-color-scheme", "value": theme}},
-				})
-				b.devtools("Emulation.setDeviceMetricsOverride", object{
-					"width": width, "height": 740, "deviceScaleFactor": 1, "mobile": width < 500,
-				})
-				var got struct {
-					Width int
-					Dark  bool
-					Texts int
-					Faint []string
-				}
-				b.script(&got, looks)
-				if got.Width > width {
-					t.Errorf("the page is %d wide", got.Width)
-				}
-				if got.Dark != (theme == "dark") {
-					t.Errorf("the background is of the other theme")
-				}
-				if len(got.Faint) > 0 || got.Texts < 1000 {
-					t.Errorf("of %d texts, too faint: %q", got.Texts, got.Faint)
-				}
-			})
+			screen := object{"width": width, "height": 740, "deviceScaleFactor": 1, "mobile": width < 500}
+			b.call("POST", "/goog/cdp/execute", nil, object{"cmd": "Emulation.setDeviceMetricsOverride", "params": screen})
+			got := eval[appearance](b, looks)
+			if got.Width > width || got.Dark != (theme == "dark") || got.Texts < 1000 || len(got.Faint) > 0 {
+				t.Errorf("%s, %d wide: %+v", theme, width, got)
+			}
 		}
 	}
 
-	var odd []string
-	b.script(&odd, `const ids = [...document.querySelectorAll('[id]')].map((part) => part.id);
-		return ids.filter((id, i) => ids.indexOf(id) < i || !/^[A-Za-z][\w-]*$/.test(id));`)
-	if len(odd) > 0 {
-		t.Errorf("ids that are there twice, or odd: %q", odd)
-	}
-	var parts []map[string]string
-	b.script(&parts, `return [...document.querySelectorAll('input, select, textarea, button, summary, section, [role], [tabindex]')]
+	parts := eval[[]map[string]string](b, `return [...document.querySelectorAll('input, select, textarea, button, summary, section, [role], [tabindex]')]
 		.filter((part) => part.checkVisibility() && part.role !== 'status')`)
 	for _, part := range parts {
-		var name string
-		element := "/element/" + part[elementKey]
-		if b.call("GET", element+"/computedlabel", &name, nil); name == "" {
-			b.call("GET", element+"/property/outerHTML", &name, nil)
-			t.Errorf("has no name: %.200s", name)
+		var name, html string
+		if b.call("GET", "/element/"+part[elementKey]+"/computedlabel", &name, nil); name == "" {
+			b.call("GET", "/element/"+part[elementKey]+"/property/outerHTML", &html, nil)
+			t.Errorf("has no name: %.200s", html)
 		}
 	}
-	b.wantQuiet(422)
+	b.wantQuiet()
+}
+
+// appearance is what looks returns.
+type appearance struct {
+	Width, Texts int
+	Dark         bool
+	Faint        []string
 }
 
 // looks measures the page: its width, and the contrast (WCAG 2.2, 1.4.3 and
@@ -699,23 +606,21 @@ const behind = (element) => {
 	const color = element ? getComputedStyle(element).backgroundColor : 'rgb(255, 255, 255)';
 	return color === 'rgba(0, 0, 0, 0)' ? behind(element.parentElement) : color;
 };
-const contrast = (...colors) => {
-	const [low, high] = colors.map(luminance).sort((x, y) => x - y);
-	return (high + 0.05) / (low + 0.05);
-};
-// The text spacing that readers may set. Only here can the policy of the page not forbid it.
+const contrast = (...colors) => (Math.max(...colors.map(luminance)) + 0.05) / (Math.min(...colors.map(luminance)) + 0.05);
+// The page's policy forbids style elements, but not sheets that a script adopts.
 const sheet = new CSSStyleSheet();
 sheet.replaceSync('* { line-height: 1.5 !important; letter-spacing: 0.12em !important; word-spacing: 0.16em !important } p { margin-bottom: 2em !important }');
 document.adoptedStyleSheets = innerWidth < 500 ? [sheet] : [];
 const result = { width: document.documentElement.scrollWidth, dark: luminance(behind(document.body)) < 0.2, texts: 0, faint: [] };
 for (const element of document.body.querySelectorAll('*')) {
-	const style = getComputedStyle(element);
+	const { color, borderTopColor } = getComputedStyle(element);
 	const control = element.matches('input, select, textarea, button');
 	const says = [...element.childNodes].some((node) => node.nodeType === Node.TEXT_NODE && node.data.trim());
 	if (!element.checkVisibility() || !control && !says) continue;
 	result.texts++;
-	const faint = contrast(style.color, behind(element)) < 4.5
-		|| control && contrast(style.borderTopColor, behind(element.parentElement)) < 3 && contrast(behind(element), behind(element.parentElement)) < 3;
-	if (faint) result.faint.push(element.tagName + ': ' + element.textContent.slice(0, 40));
+	const around = behind(element.parentElement);
+	const edge = Math.max(contrast(borderTopColor, around), contrast(behind(element), around));
+	if (contrast(color, behind(element)) >= 4.5 && (!control || edge >= 3)) continue;
+	result.faint.push(element.tagName + ': ' + element.textContent.slice(0, 40));
 }
 return result;`
