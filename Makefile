@@ -1,5 +1,5 @@
-# make run and make test are all that is needed. Both install what is missing, and
-# print the command that does; they need Go, and sudo unless run as root.
+# make run and make test are all that is needed. Both install what is missing;
+# they need Go, and sudo unless run as root.
 # PG_BIN=/usr/lib/postgresql/17/bin chooses a PostgreSQL.
 
 .PHONY: run test test-browser lint bench image need-go need-cc need-postgresql need-pgbouncer need-chromium need-npm
@@ -49,7 +49,7 @@ need-cc:
 	@$(call need,echo '#include <stdlib.h>' | $$(go env CC) -E - >/dev/null 2>&1,gcc libc6-dev,gcc glibc-devel,gcc musl-dev,gcc)
 
 need-postgresql:
-	@PATH="$$PATH:$(PG_BIN):$$(printf %s: /usr/lib/postgresql/*/bin /usr/pgsql-*/bin /usr/libexec/postgresql* /opt/homebrew/opt/postgresql*/bin /usr/local/opt/postgresql*/bin)"; \
+	@PATH="$$PATH:$(PG_BIN):$$(printf %s: /usr/lib/postgresql/*/bin /usr/pgsql-*/bin /usr/libexec/postgresql* /opt/homebrew/opt/postgresql*/bin /usr/local/opt/postgresql*/bin /usr/local/pgsql/bin /Applications/Postgres.app/Contents/Versions/*/bin)"; \
 	$(call need,command -v initdb >/dev/null,postgresql,postgresql-server,postgresql,postgresql)
 
 need-pgbouncer:

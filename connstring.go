@@ -51,7 +51,7 @@ func parseURL(connString string) (cfg pq.Config, err error) {
 		cfg.SSLMode = pq.SSLModeDisable
 	}
 	cfg.SSLMode = cmp.Or(cfg.SSLMode, pq.SSLModeRequire)
-	cfg.BinaryParameters = true // sends a statement with its parameters, so that no pooler comes between
+	cfg.BinaryParameters = true // sends a statement with its parameters, so that a pooler cannot separate them
 	return cfg, nil
 }
 
@@ -66,7 +66,7 @@ var (
 	lineForm   = regexp.MustCompile(`(?m)^\s*([\w.]+)\s*=\s*(.*?)\s*$`)
 )
 
-// errSyntax does not show what is wrong: any part could be of the password.
+// errSyntax does not show what is wrong: any part may belong to the password.
 var errSyntax = errors.New("neither a URL such as postgres://user:password@host:port/database?name=value, with special characters " +
 	"percent-encoded (@ is %40, # %23, / %2F, ? %3F, % %25), nor keywords and values such as host=localhost password='with spaces'")
 

@@ -86,8 +86,8 @@ func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	h.find(r, r.Method).ServeHTTP(w, r)
 }
 
-// endpoint answers a request. It returns an error in place of a response that
-// says what went wrong; see problemOf.
+// endpoint answers a request: it returns a response, or an error that problemOf
+// turns into one.
 type endpoint func(w http.ResponseWriter, r *http.Request) (*response, error)
 
 // route is a pattern of [http.ServeMux] and its endpoint.
@@ -126,14 +126,14 @@ func (h *Handler) routes() []*route {
 	}
 }
 
-// find returns the route of a path and a method. Of an API path it ignores one
-// trailing slash: a redirect would lose the body of a POST.
+// find returns the route of a path and a method. It ignores one trailing slash of
+// an API path: a redirect would lose the body of a POST.
 func (h *Handler) find(r *http.Request, method string) *route {
 	u, escaped := *r.URL, r.URL.EscapedPath()
 	if strings.HasPrefix(escaped, "/api/") && strings.HasSuffix(escaped, "/") {
 		u.Path, u.RawPath = strings.TrimSuffix(u.Path, "/"), strings.TrimSuffix(u.RawPath, "/")
 	}
-	// Any other handler redirects, or says in plain text that there is none.
+	// Any other handler is ServeMux's own: a redirect, or a plain-text 404 or 405.
 	handler, _ := h.mux.Handler(&http.Request{Method: method, URL: &u})
 	rt, ok := handler.(*route)
 	// ServeMux matches an encoded slash with {$}.

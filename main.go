@@ -261,8 +261,13 @@ func userHeader(name string) func(*http.Request) (string, error) {
 
 // checkHealth asks the service at addr whether it is up.
 func checkHealth(addr string) error {
+	req, err := http.NewRequest(http.MethodGet, serviceURL(addr)+"/healthz", nil)
+	if err != nil {
+		return err
+	}
+	req.Host = "localhost" // which is always served
 	client := http.Client{Timeout: 2 * time.Second, Transport: &http.Transport{}} // through no proxy
-	resp, err := client.Get(serviceURL(addr) + "/healthz")
+	resp, err := client.Do(req)
 	if err != nil {
 		return err
 	}

@@ -174,8 +174,8 @@ const (
 	closeTimeout   = 100 * time.Millisecond // to take the end of a connection
 )
 
-// aliveTime is how long after its last statement a connection is taken to be
-// alive without a look, which would cost a system call.
+// aliveTime is how long after its last statement a connection is assumed to be
+// alive without a check, which would cost a system call.
 const aliveTime = time.Millisecond
 
 // wire dials the network connection of a conn. When a statement's context ends,
@@ -222,8 +222,8 @@ func (w *wire) DialTimeout(network, address string, timeout time.Duration) (net.
 	return net.DialTimeout(network, address, timeout)
 }
 
-// closed reports whether the server has closed the connection, or has sent what
-// nobody asked for, such as the reason why it is about to.
+// closed reports whether the server has closed the connection, or has sent
+// something unasked, such as the reason for closing.
 func (w *wire) closed() bool {
 	quiet := false
 	if raw, err := w.socket.(syscall.Conn).SyscallConn(); err == nil {
@@ -373,7 +373,7 @@ func (c *conn) query(ctx context.Context, query string, args []driver.NamedValue
 // PrepareContext refuses [sql.DB.Prepare], which would repeat statements. That
 // includes lib/pq's COPY.
 func (c *conn) PrepareContext(context.Context, string) (driver.Stmt, error) {
-	return nil, errors.New("Prepare is not supported: run the statement itself, which direct connections prepare")
+	return nil, errors.New("db.Prepare is not supported: run the statement itself, which direct connections prepare")
 }
 
 func (c *conn) Close() error {

@@ -53,8 +53,8 @@ type operation func(r *request) (*response, error)
 // the media types of its body; nil means that it has no body.
 func (h *Handler) api(do operation, params, accepts []string) endpoint {
 	return func(w http.ResponseWriter, r *http.Request) (*response, error) {
-		// A tenth of the time is left for the answer when the database takes all
-		// that it is given.
+		// The last tenth of the time is for the response, in case the database
+		// uses all the rest.
 		ctx, cancel := context.WithTimeout(r.Context(), h.opts.RequestTimeout/10*9)
 		defer cancel()
 		req := &request{Request: r.WithContext(ctx), path: h.opts.Prefix + strings.TrimSuffix(r.URL.EscapedPath(), "/")}
@@ -62,8 +62,9 @@ func (h *Handler) api(do operation, params, accepts []string) endpoint {
 		if err != nil {
 			return nil, err
 		}
-		// A slow sender must not hold a slot. A body without meaning is read too:
-		// net/http does not notice that a client has gone before the body's end.
+		// Read the body first, so that a slow sender holds no slot. Read it even if
+		// the operation has none: only after its end does net/http notice that a
+		// client has gone.
 		body, bodyErr := h.readBody(w, r)
 		select {
 		case h.slots <- struct{}{}:

@@ -5,6 +5,7 @@ package main
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -129,7 +130,7 @@ func (h *Handler) log(r *http.Request, path string, status int, elapsed time.Dur
 	level := slog.LevelInfo
 	if status >= 500 {
 		attrs, level = append(attrs, slog.String("error", err.Error())), slog.LevelError
-		if _, refused := errors.AsType[*problem](err); refused { // busy or stopping, which is no fault
+		if _, refused := errors.AsType[*problem](err); refused { // busy, stopping, or unable to verify the user
 			level = slog.LevelWarn
 		}
 	}
@@ -155,15 +156,9 @@ func (p *problem) Error() string {
 	return p.Detail
 }
 
-// Unwrap returns the cause.
-func (p *problem) Unwrap() error { return p.cause }
-
 // refuse returns an error that becomes the given response.
 func refuse(status int, format string, args ...any) *problem {
-	title := http.StatusText(status)
-	if status == statusClientClosed {
-		title = "Client Closed Request"
-	}
+	title := cmp.Or(http.StatusText(status), "Client Closed Request")
 	return &problem{Type: "about:blank", Title: title, Status: status, Detail: fmt.Sprintf(format, args...)}
 }
 
@@ -206,12 +201,11 @@ func problemOf(err error) *problem {
 
 // response returns the problem as a response.
 func (p *problem) response(requestID string) *response {
-	doc := *p
-	doc.RequestID = requestID
+	p.RequestID = requestID
 	var body bytes.Buffer
 	enc := json.NewEncoder(&body)
 	enc.SetEscapeHTML(false)
-	_ = enc.Encode(doc) // cannot fail: strings and a number
+	_ = enc.Encode(p) // cannot fail: strings and a number
 	res := newResponse("application/problem+json", "no-store", body.Bytes())
 	res.status = p.Status
 	maps.Copy(res.header, p.header)

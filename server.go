@@ -17,7 +17,7 @@ import (
 // its response. Options.RequestTimeout has to be shorter.
 const writeTimeout = 50 * time.Second
 
-// tick is the step in which Shutdown waits.
+// tick is the interval at which Shutdown polls.
 const tick = 10 * time.Millisecond
 
 // Server is an [http.Server] with timeouts against slow clients and a Shutdown
@@ -135,9 +135,9 @@ func (s *Server) drained() <-chan struct{} {
 	return done
 }
 
-// closeListeners closes the listeners while new requests wait. A client that
-// waits for a response does not connect, and the system resets connections that
-// have not been accepted when their listener is closed.
+// closeListeners closes the listeners while new requests wait. Closing resets
+// connections that are not yet accepted; clients that wait for a response open
+// none.
 func (s *Server) closeListeners() {
 	s.mu.Lock()
 	for range 10 { // in steps, so that a process that was suspended reads what has arrived

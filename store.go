@@ -60,17 +60,20 @@ func (s *Store) Migrate(ctx context.Context) error {
 	return nil
 }
 
-// Ping checks that the database responds.
+// Ping checks that the database responds. Its errors are [ErrUnavailable].
 func (s *Store) Ping(ctx context.Context) error {
-	return translate(ctx, s.db.PingContext(ctx))
+	if err := s.db.PingContext(ctx); err != nil {
+		return fmt.Errorf("%w: %w", ErrUnavailable, err)
+	}
+	return nil
 }
 
 // Stats returns the statistics of the pool.
 func (s *Store) Stats() sql.DBStats { return s.db.Stats() }
 
-// Create makes a task. If its owner has used the key before, Create returns the
-// task made then, as it is now, and true; or [ErrKeyReused] if the draft was
-// another one. An empty key is none.
+// Create makes a task. If the owner has used the key before, Create returns the
+// existing task and true, or [ErrKeyReused] if the draft differs. An empty key
+// means no key.
 func (s *Store) Create(ctx context.Context, d TaskDraft, key string) (t Task, replayed bool, err error) {
 	now := s.now()
 	t = Task{newID(now), d.UserID, d.Title, d.Description, d.Completed, 1, now, now}
@@ -78,7 +81,7 @@ func (s *Store) Create(ctx context.Context, d TaskDraft, key string) (t Task, re
 }
 
 // List returns a page of tasks and reports whether more follow.
-func (s *Store) List(ctx context.Context, f Filter) (page []Task, more bool, err error) {
+func (s *Store) List(ctx context.Context, f Filter) ([]Task, bool, error) {
 	return s.tasks.list(ctx, f)
 }
 
@@ -115,8 +118,8 @@ func (s *Store) Delete(ctx context.Context, t Target) error {
 	return err
 }
 
-// bumpVersion is the bookkeeping that all updates share. A transaction that began
-// earlier may end later, hence greatest.
+// bumpVersion is the bookkeeping that all updates share. now() is when a
+// transaction began, so a later update may have an earlier one; hence greatest.
 const bumpVersion = "version = version + 1, updated_at = greatest(updated_at, now())"
 
 // database is a pool, and what all tables on it share.
@@ -249,10 +252,17 @@ func (t *table[T]) create(ctx context.Context, row T, key string, content any) (
 	}
 	digest := sha256.Sum256(text)
 	rows, err := t.write(ctx, t.inserts+t.onRepeat+t.returning, t.records(row), key, digest[:])
-	if err != nil || len(rows) == 0 {
-		return made, false, cmp.Or(err, ErrKeyReused)
+	own, owner, _ := row.identity()
+	if err == nil && len(rows) == 0 {
+		const hasKey = " WHERE coalesce(user_id, '') = coalesce($1, '') AND idempotency_key = $2"
+		if rows, err = t.rows(ctx, false, t.selects+hasKey, owner, key); err == nil && len(rows) > 0 {
+			err = ErrKeyReused
+		}
+		err = cmp.Or(err, errNotStored)
 	}
-	own, _, _ := row.identity()
+	if err != nil {
+		return made, false, err
+	}
 	id, _, _ := rows[0].identity()
 	return rows[0], id != own, nil
 }
@@ -286,14 +296,13 @@ func (t *table[T]) records(rows ...T) string {
 
 // list returns a page of rows and reports whether more follow.
 //
-// Each page is one range of the index whose columns are those of the filter, and
-// id. The conditions leave PostgreSQL no other choice. With =, the planner
-// assumes that matching rows are spread evenly, and might walk another index
-// past millions of others; = ANY means the same, but then only one index has the
-// requested order. That works for the first column of an index. The second one
-// needs a row comparison. The planner looks at its first value only, and assumes
-// that the range is short where few rows follow those of this user; it would
-// read and sort all of it. It does not look into a subquery.
+// Each page is one range of one index: the filter's columns, then id. The
+// conditions leave the planner no other choice. With =, it assumes that matching
+// rows are spread evenly, and may walk another index past millions of others.
+// = ANY means the same, but then only the right index has the requested order.
+// That works for the first column only; the second needs a row comparison. The
+// planner estimates that by its first value, and may read and sort the whole
+// range; it cannot see a value in a subquery.
 func (t *table[T]) list(ctx context.Context, f Filter) (rows []T, more bool, err error) {
 	beyond, until, order, start := ">", "<=", "", "00000000-0000-0000-0000-000000000000"
 	if f.Descending {
@@ -385,9 +394,9 @@ func (t *table[T]) write(ctx context.Context, text string, args ...any) ([]T, er
 	return t.rows(ctx, true, text, args...)
 }
 
-// rows runs a statement and scans the rows that it returns. On a pinned
-// connection database/sql never runs a statement again; on any other it does when
-// the connection turns out to be lost, even if the statement took effect.
+// rows runs a statement and scans the rows that it returns. When a connection is
+// lost, database/sql runs a statement again, even one that took effect, but never
+// on a pinned connection.
 //
 // It first waits for a turn. Turns come in the order of asking. database/sql
 // alone serves waiters in no order, so under load some would wait until their
@@ -410,7 +419,7 @@ func (t *table[T]) rows(ctx context.Context, pinned bool, text string, args ...a
 		if err != nil {
 			return nil, err
 		}
-		defer func() { err = cmp.Or(err, conn.Close()) }()
+		defer func() { _ = conn.Close() }()
 		query = conn.QueryContext
 	}
 	rows, err := query(ctx, text, args...)
