@@ -234,8 +234,7 @@ func newTable[T resource](d *database, name, columns string, fields func(*T) []a
 		" WHERE old.idempotency_digest = excluded.idempotency_digest"
 	t.returning = " RETURNING " + list
 	mayRepeat := func(err error) bool { return !errors.Is(err, ErrUnavailable) }
-	t.fetches = newBatcher(t.fetchAll, mayRepeat)
-	t.creations = newBatcher(t.createAll, mayRepeat)
+	t.fetches, t.creations = newBatcher(t.fetchAll, mayRepeat), newBatcher(t.createAll, mayRepeat)
 	return t
 }
 
@@ -254,8 +253,7 @@ func (t *table[T]) create(ctx context.Context, row T, key string, content any) (
 	rows, err := t.write(ctx, t.inserts+t.onRepeat+t.returning, t.records(row), key, digest[:])
 	own, owner, _ := row.identity()
 	if err == nil && len(rows) == 0 {
-		const hasKey = " WHERE coalesce(user_id, '') = coalesce($1, '') AND idempotency_key = $2"
-		if rows, err = t.rows(ctx, false, t.selects+hasKey, owner, key); err == nil && len(rows) > 0 {
+		if rows, err = t.rows(ctx, false, t.selects+" WHERE coalesce(user_id, '') = coalesce($1, '') AND idempotency_key = $2", owner, key); len(rows) > 0 {
 			err = ErrKeyReused
 		}
 		err = cmp.Or(err, errNotStored)
