@@ -392,6 +392,21 @@ func TestPlansAreKept(t *testing.T) {
 	}
 }
 
+// A trigger that drops what is stored is a defect, not a task that is missing or
+// a key that is taken.
+func TestDroppedRow(t *testing.T) {
+	t.Parallel()
+	a := newAPI(t, Options{})
+	a.log.expected.Store(true)
+	id := a.create(`{"title":"a"}`, "Idempotency-Key", "taken").ID
+	a.exec(`CREATE FUNCTION drop_row() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NULL; END'`)
+	a.exec("CREATE TRIGGER drop_row BEFORE INSERT OR UPDATE ON tasks FOR EACH ROW EXECUTE FUNCTION drop_row()")
+	for _, op := range append(operations(id)[3:6], operations(id)[0]) {
+		a.want(500, a.do(op.method, op.path, op.body))
+	}
+	a.want(500, a.do("POST", "/api/tasks", `{"title":"a"}`, "Idempotency-Key", "new"))
+}
+
 // A row that PostgreSQL refuses, or that cannot be read, costs only the request
 // about it.
 func TestBadRow(t *testing.T) {
