@@ -173,15 +173,6 @@ func (a *api) as(user string) *api {
 	return a.with(Options{Authenticate: func(*http.Request) (string, error) { return user, nil }})
 }
 
-// run runs a subtest that shares the service.
-func (a *api) run(name string, f func(a *api)) {
-	a.TB.(*testing.T).Run(name, func(t *testing.T) {
-		b := *a
-		b.TB = t
-		f(&b)
-	})
-}
-
 // testLog fails its test when an error is logged that none was expected.
 type testLog struct {
 	t        testing.TB
