@@ -159,7 +159,7 @@ func TestLocalDBRefusals(t *testing.T) {
 			}
 		}, "", []string{"of version 12", "not found (only those of 1", "PG_BIN", "pg_upgrade", "move it away"}},
 		{"directory out of reach", func(t *testing.T, dir string) {
-			mode := os.FileMode(0o500) // nobody may write in it
+			mode := os.FileMode(0o500) // read-only
 			if os.Geteuid() == 0 {
 				mode = 0o700 // only root may pass through it
 			}

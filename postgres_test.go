@@ -288,8 +288,8 @@ func wantRefusal(t *testing.T, dbURL, want string) {
 	}
 }
 
-// A PostgreSQL that asks for passwords, and has a certificate for 127.0.0.1 that
-// nobody else has signed, is reached with TLS where that is due.
+// The service connects with TLS, where that is due, to a PostgreSQL that asks for
+// passwords and has a self-signed certificate for 127.0.0.1.
 func TestSecureServer(t *testing.T) {
 	t.Parallel()
 	dir, site := shortTempDir(t), httptest.NewTLSServer(nil)
@@ -369,7 +369,7 @@ func TestPoolerRefuses(t *testing.T) {
 // connection, but not until the request's deadline.
 func TestSilentHost(t *testing.T) {
 	t.Parallel()
-	silent := listen(t, "127.0.0.1:0") // nobody accepts from it
+	silent := listen(t, "127.0.0.1:0") // accepts no connection
 	defer silent.Close()
 	port := fmt.Sprintf("port=%d,", silent.Addr().(*net.TCPAddr).Port)
 	a := newAPIOn(t, strings.NewReplacer("host=", "host=127.0.0.1,", "port=", port).Replace(newProxy(t, newDatabase(t)).url), Options{})
@@ -704,7 +704,7 @@ func TestNoUser(t *testing.T) {
 		return
 	}
 	if os.Geteuid() != 0 {
-		return // nobody else can become a user without a name
+		return // only root can become a user without a name
 	}
 	dir := shortTempDir(t)
 	program := filepath.Join(dir, "test")

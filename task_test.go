@@ -403,7 +403,7 @@ func FuzzTaskJSON(f *testing.F) {
 		}
 		want, err := json.Marshal(task)
 		if err != nil || !utf8.ValidString(title+"."+description+"."+owner) {
-			return // which nobody can store
+			return // cannot be stored
 		}
 		got := task.appendJSON(nil)
 		var gotValue, wantValue map[string]any
