@@ -226,7 +226,7 @@ func newTable[T resource](d *database, name, columns string, fields func(*T) []a
 	list := strings.Join(t.names, ", ")
 	t.selects = "SELECT " + list + " FROM {schema}." + name
 	t.inserts = "INSERT INTO {schema}." + name + " AS old (" + list + ", idempotency_key, idempotency_digest)" +
-		" SELECT " + list + ", $2, $3 FROM json_to_recordset($1) AS new (" + columns + ")"
+		" SELECT " + list + ", $2::text, $3::bytea FROM json_to_recordset($1) AS new (" + columns + ")"
 	// The update changes nothing. It makes the statement return a row that
 	// another statement, perhaps still running, has inserted.
 	t.onRepeat = " ON CONFLICT (coalesce(user_id, ''), idempotency_key) WHERE idempotency_key IS NOT NULL" +
