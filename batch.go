@@ -47,117 +47,104 @@ type batch[C, R any] struct {
 	ctx      context.Context
 	cancel   context.CancelFunc
 	deadline time.Time // the latest of the callers'
-	endless  bool      // a caller has no deadline
 	calls    []C
 	waiting  int           // callers that have not gone
-	full     chan struct{} // closed when no more calls may join
-	done     chan struct{} // closed when outcomes are there
-	outcomes []outcome[R]
-}
-
-type outcome[R any] struct {
-	result R
-	err    error
+	done     chan struct{} // closed when results and errs are there
+	results  []R
+	errs     []error
 }
 
 // do makes a call. Its error is that of ctx if ctx ends first.
-func (b *batcher[C, R]) do(ctx context.Context, call C) (R, error) {
-	own, i := b.join(ctx, call)
+func (b *batcher[C, R]) do(ctx context.Context, call C) (result R, err error) {
+	joined, i := b.join(ctx, call)
 	select {
-	case <-own.done:
-		return own.outcomes[i].result, own.outcomes[i].err
+	case <-joined.done:
+		return joined.results[i], joined.errs[i]
 	case <-ctx.Done():
-		b.abandon(own)
-		var none R
-		return none, ctx.Err()
+		b.abandon(joined)
+		return result, ctx.Err()
 	}
 }
 
 // join adds a call to the next batch, and returns its index there.
-func (b *batcher[C, R]) join(ctx context.Context, call C) (own *batch[C, R], i int) {
+func (b *batcher[C, R]) join(ctx context.Context, call C) (joined *batch[C, R], i int) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	if b.next == nil {
-		b.next = &batch[C, R]{full: make(chan struct{}), done: make(chan struct{})}
+	if b.next == nil || len(b.next.calls) == maxBatch {
+		b.next = &batch[C, R]{done: make(chan struct{})}
 		b.next.ctx, b.next.cancel = context.WithCancel(context.WithoutCancel(ctx))
-		go b.lead(b.next)
+		go b.start(b.next)
 	}
-	own = b.next
+	joined = b.next
 	deadline, ok := ctx.Deadline()
-	own.endless = own.endless || !ok
-	if deadline.After(own.deadline) {
-		own.deadline = deadline
+	if !ok {
+		deadline = time.Now().AddDate(1, 0, 0)
 	}
-	own.calls = append(own.calls, call)
-	own.waiting++
-	if len(own.calls) == maxBatch {
-		b.next = nil
-		close(own.full)
+	if deadline.After(joined.deadline) {
+		joined.deadline = deadline
 	}
-	return own, len(own.calls) - 1
+	joined.calls = append(joined.calls, call)
+	joined.waiting++
+	return joined, len(joined.calls) - 1
 }
 
 // abandon ends a batch if the last of its callers has gone.
-func (b *batcher[C, R]) abandon(own *batch[C, R]) {
+func (b *batcher[C, R]) abandon(joined *batch[C, R]) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	if own.waiting--; own.waiting > 0 {
+	if joined.waiting--; joined.waiting > 0 {
 		return
 	}
-	own.cancel()
-	if b.next == own {
+	joined.cancel()
+	if b.next == joined {
 		b.next = nil
 	}
 }
 
-// lead runs a batch when its turn has come, when it is full, or after maxWait.
-func (b *batcher[C, R]) lead(own *batch[C, R]) {
+// start runs a batch when its turn has come, or after maxWait.
+func (b *batcher[C, R]) start(own *batch[C, R]) {
 	select {
 	case <-b.turn:
 		defer func() { b.turn <- struct{}{} }()
-	case <-own.full:
 	case <-time.After(maxWait):
 	}
 	b.mu.Lock()
 	if b.next == own {
-		b.next = nil
+		b.next = nil // no more calls may join
 	}
 	b.mu.Unlock()
 	defer own.cancel()
-	ctx := own.ctx
-	if !own.endless {
-		var cancel context.CancelFunc
-		ctx, cancel = context.WithDeadline(ctx, own.deadline)
-		defer cancel()
-	}
-	own.outcomes = make([]outcome[R], len(own.calls))
-	b.runAll(ctx, own.calls, own.outcomes)
+	ctx, cancel := context.WithDeadline(own.ctx, own.deadline)
+	defer cancel()
+	own.results, own.errs = make([]R, len(own.calls)), make([]error, len(own.calls))
+	b.runAll(ctx, own.calls, own.results, own.errs)
 	close(own.done)
 }
 
-// runAll runs calls and sets their outcomes.
-func (b *batcher[C, R]) runAll(ctx context.Context, calls []C, outcomes []outcome[R]) {
-	results, err := b.runOnce(ctx, calls)
-	if err != nil && len(calls) > 1 && b.mayRepeat(err) {
-		half := len(calls) / 2
-		b.runAll(ctx, calls[:half], outcomes[:half])
-		b.runAll(ctx, calls[half:], outcomes[half:])
+// runAll runs calls and sets their results and errors.
+func (b *batcher[C, R]) runAll(ctx context.Context, calls []C, results []R, errs []error) {
+	all, err := b.runOnce(ctx, calls)
+	if half := len(calls) / 2; err != nil && half > 0 && b.mayRepeat(err) {
+		b.runAll(ctx, calls[:half], results[:half], errs[:half])
+		b.runAll(ctx, calls[half:], results[half:], errs[half:])
 		return
 	}
-	for i := range outcomes {
-		if outcomes[i].err = err; err == nil {
-			outcomes[i].result = results[i]
-		}
+	copy(results, all)
+	for i := range errs {
+		errs[i] = err
 	}
 }
 
 // runOnce makes a panic an error: this goroutine is no caller's, and nothing
 // else would recover it.
 func (b *batcher[C, R]) runOnce(ctx context.Context, calls []C) (results []R, err error) {
-	defer func() {
-		if v := recover(); v != nil {
-			err = fmt.Errorf("panic: %v\n%s", v, debug.Stack())
-		}
-	}()
+	defer recoverTo(&err)
 	return b.run(ctx, calls)
+}
+
+// recoverTo makes a panic of the function that defers it an error.
+func recoverTo(err *error) {
+	if v := recover(); v != nil {
+		*err = fmt.Errorf("panic: %v\n%s", v, debug.Stack())
+	}
 }

@@ -65,27 +65,20 @@ func (h *Handler) api(do operation, params, accepts []string) endpoint {
 		// Read the body first, so that a slow sender holds no slot. Read it even if
 		// the operation has none: only after its end does net/http notice that a
 		// client has gone.
-		body, bodyErr := h.readBody(w, r)
+		var bodyErr error
+		req.body, bodyErr = h.readBody(w, r)
 		select {
 		case h.slots <- struct{}{}:
 			defer func() { <-h.slots }()
 		default:
 			return nil, refuse(http.StatusServiceUnavailable, "The service has too many requests in flight.")
 		}
-		if err := req.readQuery(params, user); err != nil {
-			return nil, err
+		err = cmp.Or(req.readQuery(params, user), req.readID())
+		if err == nil && accepts != nil && (len(req.body) > 0 || bodyErr != nil) {
+			err = cmp.Or(checkMediaType(r, accepts), bodyErr)
 		}
-		if err := req.readID(); err != nil {
+		if err != nil {
 			return nil, err
-		}
-		if accepts != nil {
-			if len(body) > 0 || bodyErr != nil {
-				bodyErr = cmp.Or(checkMediaType(r, accepts), bodyErr)
-			}
-			if bodyErr != nil {
-				return nil, bodyErr
-			}
-			req.body = body
 		}
 		res, err := do(req)
 		if errors.Is(err, ErrPrecondition) {
@@ -116,7 +109,8 @@ func (h *Handler) authenticate(r *http.Request) (*string, error) {
 	return &user, nil
 }
 
-// readBody reads the body, up to its limit and within the request's deadline.
+// readBody reads the body, up to its limit and within the request's deadline. It
+// leaves r.Body as it is unless it has read it to its end.
 func (h *Handler) readBody(w http.ResponseWriter, r *http.Request) ([]byte, error) {
 	if r.ContentLength == 0 {
 		return nil, nil
@@ -141,33 +135,17 @@ func (h *Handler) readBody(w http.ResponseWriter, r *http.Request) ([]byte, erro
 	case err != nil:
 		return nil, malformedError("The body could not be read: " + err.Error() + ".")
 	}
+	r.Body = http.NoBody
 	return body, nil
 }
 
-// readQuery reads the query, and decides whose rows the request is about.
+// readQuery reads the query, and decides whose rows the request is about. It
+// ignores no parameter: if a mistyped user_id were, the request would be about
+// the rows of everyone.
 func (r *request) readQuery(params []string, user *string) error {
 	var violations InvalidError
-	r.Filter, r.query, violations = parseQuery(r.URL.RawQuery, params)
-	if user != nil {
-		if r.Owner != nil && *r.Owner != *user {
-			return refuse(http.StatusForbidden, "The user_id of the query is not the user of the request.")
-		}
-		r.Owner, r.verified = user, true
-	}
-	if len(violations) > 0 {
-		return violations
-	}
-	return nil
-}
-
-// parseQuery reads query parameters. None is ignored: if a mistyped user_id
-// were, the request would be about the rows of everyone.
-func parseQuery(query string, params []string) (f Filter, values url.Values, violations InvalidError) {
-	f.Limit, values = defaultLimit, url.Values{}
-	for pair := range strings.SplitSeq(query, "&") {
-		if pair == "" {
-			continue
-		}
+	r.Limit, r.query = defaultLimit, url.Values{}
+	for pair := range strings.FieldsFuncSeq(r.URL.RawQuery, func(c rune) bool { return c == '&' }) {
 		name, value, _ := strings.Cut(pair, "=")
 		name, nameErr := url.QueryUnescape(name)
 		value, valueErr := url.QueryUnescape(value)
@@ -179,17 +157,24 @@ func parseQuery(query string, params []string) (f Filter, values url.Values, vio
 			detail = "malformed"
 		case !slices.Contains(params, name):
 			detail = "unknown parameter"
-		case values.Has(name):
+		case r.query.Has(name):
 			detail = "repeated"
 		default:
-			values.Set(name, value)
-			detail = f.set(name, value)
+			r.query.Set(name, value)
+			detail = r.set(name, value)
 		}
 		if detail != "" {
 			violations = append(violations, Violation{Parameter: cmp.Or(name, pair), Detail: detail})
 		}
 	}
-	return f, values, violations
+	if user != nil && r.Owner != nil && *r.Owner != *user {
+		return refuse(http.StatusForbidden, "The user_id of the query is not the user of the request.")
+	}
+	r.Owner, r.verified = cmp.Or(user, r.Owner), user != nil
+	if violations != nil {
+		return violations
+	}
+	return nil
 }
 
 // set sets the field of a query parameter, or returns what is wrong with its value.
@@ -201,9 +186,8 @@ func (f *Filter) set(name, value string) (violation string) {
 			return violations[0]
 		}
 	case "completed":
-		completed := value == "true"
-		f.Completed = &completed
-		if !completed && value != "false" {
+		f.Completed = new(value == "true")
+		if value != "true" && value != "false" {
 			return "must be true or false"
 		}
 	case "sort":

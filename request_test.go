@@ -330,7 +330,7 @@ func TestQueries(t *testing.T) {
 		check(query, every, "")
 	}
 	check("?after="+id+"&after="+id, "422 after after", "422 after")
-	// FuzzParseQuery has more of them.
+	// FuzzReadQuery has more of them.
 	for want, queries := range map[string]string{
 		"422 user_id": longest + "%F0%9F%99%82 ?user_id ?user_id=%00 ?user_id=\xff ?user_id=%zz ?user_id=a;b ?user_id=alice&user_id=alice ?user_id=alice&user%5Fid=bob",
 		"422 colour":  "?colour=red", "422 User_id": "?User_id=alice", "422 %zz=1": "?%zz=1", "422 =1": "?=1", "422 a;b": "?a;b",

@@ -14,7 +14,6 @@ import (
 	"log/slog"
 	"maps"
 	"net/http"
-	"runtime/debug"
 	"slices"
 	"strconv"
 	"strings"
@@ -34,8 +33,7 @@ func (rt *route) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	start := time.Now()
 	rt.h.metrics.inFlight.Add(1)
 	defer rt.h.metrics.inFlight.Add(-1)
-	id, body := requestID(r), &trackedBody{ReadCloser: r.Body}
-	r.Body = body
+	id := requestID(r)
 	res, err := rt.respond(w, r)
 	if err != nil {
 		p := problemOf(err)
@@ -47,7 +45,7 @@ func (rt *route) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	w.Header().Set("X-Request-Id", id)
 	w.Header().Set("X-Content-Type-Options", "nosniff")
 	rt.h.setCORS(w.Header(), r)
-	if r.ContentLength != 0 && !body.read {
+	if r.ContentLength != 0 && r.Body != http.NoBody {
 		closeUnread(w)
 	}
 	res.write(w)
@@ -63,11 +61,7 @@ func (rt *route) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 
 // respond calls the endpoint after the checks that all routes share.
 func (rt *route) respond(w http.ResponseWriter, r *http.Request) (res *response, err error) {
-	defer func() {
-		if v := recover(); v != nil {
-			err = fmt.Errorf("panic: %v\n%s", v, debug.Stack())
-		}
-	}()
+	defer recoverTo(&err)
 	if !rt.h.hostServed(r.Host) {
 		return nil, refuse(http.StatusMisdirectedRequest, "The Host %q is not served here; ALLOWED_HOSTS names those that are.", r.Host)
 	}
@@ -77,18 +71,6 @@ func (rt *route) respond(w http.ResponseWriter, r *http.Request) (res *response,
 			r.Header.Get("Origin"), r.Host)
 	}
 	return rt.serve(w, r)
-}
-
-// trackedBody is a body that knows whether it was read to its end.
-type trackedBody struct {
-	io.ReadCloser
-	read bool
-}
-
-func (b *trackedBody) Read(p []byte) (int, error) {
-	n, err := b.ReadCloser.Read(p)
-	b.read = b.read || err == io.EOF
-	return n, err
 }
 
 // closeUnread makes net/http close the connection after the response instead of
@@ -102,16 +84,14 @@ func closeUnread(w http.ResponseWriter) {
 
 // setCORS sets what CORS needs on every response.
 func (h *Handler) setCORS(header http.Header, r *http.Request) {
-	if len(h.opts.CORSOrigins) == 0 {
-		return
-	}
-	header.Add("Vary", "Origin")
-	if !h.originNamed(r) {
-		return
+	if len(h.opts.CORSOrigins) > 0 {
+		header.Add("Vary", "Origin")
 	}
 	origin := r.Header.Get("Origin")
-	header.Set("Access-Control-Allow-Origin", origin)
-	header.Set("Access-Control-Expose-Headers", "ETag, Link, Location, Retry-After, WWW-Authenticate, X-Request-ID, Idempotency-Replayed")
+	if h.originNamed(r) {
+		header.Set("Access-Control-Allow-Origin", origin)
+		header.Set("Access-Control-Expose-Headers", "ETag, Link, Location, Retry-After, WWW-Authenticate, X-Request-ID, Idempotency-Replayed")
+	}
 	if slices.Contains(h.opts.CORSOrigins, origin) {
 		header.Set("Access-Control-Allow-Credentials", "true")
 	}
@@ -177,26 +157,24 @@ func problemOf(err error) *problem {
 	if malformed, ok := errors.AsType[malformedError](err); ok {
 		return refuse(http.StatusBadRequest, "%s", malformed)
 	}
-	invalid, ok := errors.AsType[InvalidError](err)
+	invalid, _ := errors.AsType[InvalidError](err)
 	switch {
-	case errors.Is(err, ErrKeyReused):
-		invalid, ok = InvalidError{{Header: "Idempotency-Key", Detail: "was used with other content"}}, true
-	case errors.Is(err, ErrUnknownUser):
-		invalid, ok = InvalidError{{Pointer: "#/user_id", Detail: "unknown user"}}, true
-	}
-	switch {
-	case ok:
-		p := refuse(http.StatusUnprocessableEntity, "The request is invalid; see errors.")
-		p.Errors = invalid
-		return p
 	case errors.Is(err, ErrNotFound):
 		return refuse(http.StatusNotFound, "Not found.")
 	case errors.Is(err, ErrPrecondition):
 		return refuse(http.StatusPreconditionFailed, "The resource has another version than the request requires.")
 	case errors.Is(err, ErrUnavailable):
 		return refuse(http.StatusServiceUnavailable, "The database did not respond. If the request was a change, it may have been made, or may still be, once.")
+	case errors.Is(err, ErrKeyReused):
+		invalid = InvalidError{{Header: "Idempotency-Key", Detail: "was used with other content"}}
+	case errors.Is(err, ErrUnknownUser):
+		invalid = InvalidError{{Pointer: "#/user_id", Detail: "unknown user"}}
+	case invalid == nil:
+		return refuse(http.StatusInternalServerError, "Internal error. The log has its cause under this request_id.")
 	}
-	return refuse(http.StatusInternalServerError, "Internal error. The log has its cause under this request_id.")
+	p := refuse(http.StatusUnprocessableEntity, "The request is invalid; see errors.")
+	p.Errors = invalid
+	return p
 }
 
 // response returns the problem as a response.
@@ -239,65 +217,50 @@ func (res *response) write(w http.ResponseWriter) {
 
 // preflight answers a preflight of CORS.
 func preflight(methods string, asked http.Header) *response {
-	res := &response{status: http.StatusNoContent, header: http.Header{
+	return &response{status: http.StatusNoContent, header: http.Header{
 		"Access-Control-Allow-Methods": {methods},
+		"Access-Control-Allow-Headers": asked.Values("Access-Control-Request-Headers"),
 		"Access-Control-Max-Age":       {corsMaxAge},
 	}}
-	if headers := asked.Values("Access-Control-Request-Headers"); headers != nil {
-		res.header["Access-Control-Allow-Headers"] = headers
-	}
-	return res
 }
 
-// changed returns the response with a row, or err.
+// changed returns the response with a row, and err.
 func changed[T resource](row T, err error) (*response, error) {
-	if err != nil {
-		return nil, err
-	}
 	_, _, version := row.identity()
 	res := newResponse(mediaTypeJSON, "no-cache", append(row.appendJSON(make([]byte, 0, 512)), '\n'))
 	res.header["Etag"] = []string{etag(version)}
-	return res, nil
+	return res, err
 }
 
-// created returns the response to a creation, or err.
+// created returns the response to a creation, and err.
 func created[T resource](r *request, row T, replayed bool, err error) (*response, error) {
 	res, err := changed(row, err)
-	if err != nil {
-		return nil, err
-	}
 	id, _, _ := row.identity()
 	res.status = http.StatusCreated
 	res.header.Set("Location", r.path+"/"+id)
 	if replayed {
 		res.header.Set("Idempotency-Replayed", "true")
 	}
-	return res, nil
+	return res, err
 }
 
-// fetched returns the response to a GET with its conditions, or err.
+// fetched returns the response to a GET with its conditions, and err.
 func fetched[T resource](r *request, row T, err error) (*response, error) {
 	res, err := changed(row, err)
-	if err != nil {
-		return nil, err
-	}
 	_, _, version := row.identity()
 	switch target := r.target(); {
-	case !target.matches(version):
-		return nil, ErrPrecondition
+	case err == nil && !target.matches(version):
+		err = ErrPrecondition
 	case target.excludes(version):
+		res.status, res.body = http.StatusNotModified, nil
 		res.header.Del("Content-Type")
-		return &response{status: http.StatusNotModified, header: res.header}, nil
 	}
-	return res, nil
+	return res, err
 }
 
 // listed returns the response with a page, which has a link to the next one if
-// more rows follow, or err.
+// more rows follow, and err.
 func listed[T resource](r *request, rows []T, more bool, err error) (*response, error) {
-	if err != nil {
-		return nil, err
-	}
 	body := append(make([]byte, 0, 2+320*len(rows)), '[')
 	for i, row := range rows {
 		if i > 0 {
@@ -311,5 +274,5 @@ func listed[T resource](r *request, rows []T, more bool, err error) (*response, 
 		r.query.Set("after", last)
 		res.header.Set("Link", "<"+r.path+"?"+r.query.Encode()+`>; rel="next"`)
 	}
-	return res, nil
+	return res, err
 }
