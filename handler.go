@@ -104,11 +104,9 @@ func (h *Handler) routes() []*route {
 		whole = []string{mediaTypeJSON}
 		patch = []string{mediaTypePatch, mediaTypeJSON}
 	)
-	docs, openAPI := newPage("text/html; charset=utf-8", docs), newPage(mediaTypeJSON, openAPI)
+	docs, server := newPage("text/html; charset=utf-8", docs), `"url": "`+cmp.Or(h.opts.Prefix, "/")+`"`
 	docs.header.Set("Content-Security-Policy", contentPolicy(docs.body))
-	if h.opts.Prefix != "" {
-		openAPI = newPage(mediaTypeJSON, bytes.Replace(openAPI.body, []byte(`"url": "/"`), []byte(`"url": "`+h.opts.Prefix+`"`), 1))
-	}
+	openAPI := newPage(mediaTypeJSON, bytes.Replace(openAPI, []byte(`"url": "/"`), []byte(server), 1))
 	return []*route{
 		{h, "POST /api/tasks", h.api(h.createTask, scope, whole)},
 		{h, "GET /api/tasks", h.api(h.listTasks, page, nil)},
@@ -239,25 +237,22 @@ func (h *Handler) root(http.ResponseWriter, *http.Request) (*response, error) {
 	return &response{status: http.StatusTemporaryRedirect, header: http.Header{"Location": {h.opts.Prefix + "/docs"}}}, nil
 }
 
-// page is a document that does not change while the service runs.
-type page struct {
-	header http.Header
-	body   []byte
-}
-
-// newPage returns a page. Its lines end in LF, as browsers read it whatever a
-// checkout has made of them.
-func newPage(mediaType string, body []byte) *page {
+// newPage returns a document that does not change while the service runs. Its
+// lines end in LF, as browsers read it whatever a checkout has made of them.
+func newPage(mediaType string, body []byte) *response {
 	body = bytes.ReplaceAll(bytes.ReplaceAll(body, []byte("\r\n"), []byte("\n")), []byte("\r"), []byte("\n"))
-	return &page{http.Header{"Content-Type": {mediaType}, "Cache-Control": {"no-cache"}, "Etag": {`"` + hash(body) + `"`}}, body}
+	page := newResponse(mediaType, "no-cache", body)
+	page.header.Set("ETag", `"`+hash(body)+`"`)
+	return page
 }
 
-func (p *page) serve(w http.ResponseWriter, r *http.Request) (*response, error) {
+// serve returns the endpoint of a page.
+func (page *response) serve(_ http.ResponseWriter, r *http.Request) (*response, error) {
 	tags, star := parseTags(r.Header.Values("If-None-Match"))
-	if star || slices.ContainsFunc(tags, func(tag string) bool { return strings.TrimPrefix(tag, "W/") == p.header.Get("Etag") }) {
-		return &response{status: http.StatusNotModified, header: p.header}, nil
+	if star || slices.ContainsFunc(tags, func(tag string) bool { return strings.TrimPrefix(tag, "W/") == page.header.Get("ETag") }) {
+		return &response{status: http.StatusNotModified, header: page.header}, nil
 	}
-	return &response{status: http.StatusOK, header: p.header, body: p.body}, nil
+	return page, nil
 }
 
 func hash(b []byte) string {

@@ -8,7 +8,6 @@ import (
 	"fmt"
 	"maps"
 	"math"
-	"net/http"
 	"runtime"
 	runtimemetrics "runtime/metrics"
 	"slices"
@@ -37,23 +36,16 @@ type labels struct {
 type series struct {
 	labels  string // in Prometheus' format
 	sum     atomic.Int64
-	buckets [buckets]atomic.Int64 // not cumulative
+	buckets [len(bounds)]atomic.Int64 // not cumulative
 }
 
-const buckets = 13
-
-// bounds returns the longest duration that each bucket holds, in seconds.
-func bounds() [buckets]float64 {
-	return [...]float64{.001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, math.Inf(1)}
-}
+// bounds are the longest durations that the buckets hold, in seconds.
+var bounds = [...]float64{.001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, math.Inf(1)}
 
 // observe counts a request. The route is the path of its pattern. Methods that
 // HTTP does not define count as one. It allocates only for a new series.
 func (m *metrics) observe(route, method string, status int, d time.Duration) {
-	switch method {
-	case http.MethodGet, http.MethodHead, http.MethodPost, http.MethodPut, http.MethodPatch,
-		http.MethodDelete, http.MethodConnect, http.MethodOptions, http.MethodTrace:
-	default:
+	if !slices.Contains([]string{"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "CONNECT", "OPTIONS", "TRACE"}, method) {
 		method = "other"
 	}
 	key := labels{route, method, status}
@@ -62,8 +54,8 @@ func (m *metrics) observe(route, method string, status int, d time.Duration) {
 		key.method = strings.Clone(method) // net/http's is a part of the whole request line
 		v, _ = m.series.LoadOrStore(key, &series{labels: fmt.Sprintf(`route="%s",method="%s",status="%d"`, route, method, status)})
 	}
-	s, le := v.(*series), bounds()
-	i, _ := slices.BinarySearch(le[:], d.Seconds())
+	s := v.(*series)
+	i, _ := slices.BinarySearch(bounds[:], d.Seconds())
 	s.sum.Add(int64(d)) // first; see appendTo
 	s.buckets[i].Add(1)
 }
@@ -82,7 +74,7 @@ func (m *metrics) appendTo(b []byte, pool sql.DBStats) []byte {
 	durations := fmt.Appendf(nil, "# HELP %s Time to serve a request.\n# TYPE %[1]s histogram\n", duration)
 	for _, labels := range slices.Sorted(maps.Keys(all)) {
 		s, n := all[labels], int64(0)
-		for i, le := range bounds() {
+		for i, le := range bounds {
 			n += s.buckets[i].Load()
 			durations = fmt.Appendf(durations, "%s_bucket{%s,le=\"%v\"} %d\n", duration, labels, le, n)
 		}
@@ -128,16 +120,12 @@ func appendRuntime(b []byte) []byte {
 		{"go_threads", "Threads of the operating system.", "/sched/threads/total:threads"},
 		{"go_memstats_alloc_bytes", "Memory of heap objects.", "/memory/classes/heap/objects:bytes"},
 		{"go_memstats_alloc_bytes_total", "Memory allocated for heap objects.", "/gc/heap/allocs:bytes"},
-		{"go_memstats_heap_objects", "Heap objects.", "/gc/heap/objects:objects"},
 		{"go_memstats_next_gc_bytes", "Heap size at which the next collection ends.", "/gc/heap/goal:bytes"},
-		{"go_memstats_stack_inuse_bytes", "Memory of stacks.", "/memory/classes/heap/stacks:bytes"},
 		{"go_memstats_sys_bytes", "Memory obtained from the operating system.", "/memory/classes/total:bytes"},
 	} {
 		s := []runtimemetrics.Sample{{Name: row.key}}
 		runtimemetrics.Read(s)
-		if s[0].Value.Kind() == runtimemetrics.KindUint64 {
-			b = appendMetric(b, row.name, row.help, float64(s[0].Value.Uint64()))
-		}
+		b = appendMetric(b, row.name, row.help, float64(s[0].Value.Uint64()))
 	}
 	return b
 }

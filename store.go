@@ -142,36 +142,23 @@ func (d *database) now() time.Time {
 	}
 }
 
-// qualify replaces {schema}.
+// qualify replaces {schema} by the first schema on the search_path that the pool
+// itself asks for. Another client of a pooler may have left another search_path
+// in the session, so it is reset, for one statement alone.
 func (d *database) qualify(ctx context.Context, text string) (string, error) {
 	name := d.schema.Load()
 	if name == nil {
-		found, err := findSchema(ctx, d.db)
+		name = new(string)
+		err := d.db.QueryRowContext(ctx, `
+		SELECT quote_ident(current_schema())
+		FROM (SELECT set_config('search_path', reset_val, true) AS path FROM pg_settings WHERE name = 'search_path') AS reset
+		WHERE path IS NOT NULL`).Scan(name)
 		if err != nil {
-			return "", fmt.Errorf("find the schema: %w", err)
+			return "", fmt.Errorf("find the schema of search_path: %w", err)
 		}
-		name = &found
 		d.schema.Store(name)
 	}
 	return strings.ReplaceAll(text, "{schema}", *name), nil
-}
-
-// findSchema returns the quoted name of the first schema on the search_path that
-// db itself asks for. Another client of a pooler may have left another
-// search_path in the session, so it is reset, for this statement alone.
-func findSchema(ctx context.Context, db *sql.DB) (string, error) {
-	var name *string
-	err := db.QueryRowContext(ctx, `
-	SELECT quote_ident(current_schema())
-	FROM (SELECT set_config('search_path', reset_val, true) AS path FROM pg_settings WHERE name = 'search_path') AS reset
-	WHERE path IS NOT NULL`).Scan(&name)
-	if err != nil {
-		return "", err
-	}
-	if name == nil {
-		return "", errors.New("search_path names no schema that exists")
-	}
-	return *name, nil
 }
 
 // statement is a statement that is written in pieces. Conditions that do not
@@ -206,10 +193,9 @@ func (s *statement) where(t Target) string {
 // idempotency_key and idempotency_digest.
 type table[T resource] struct {
 	*database
-	names     []string       // of the columns
-	fields    func(*T) []any // pointers to the fields of a value, in the order of names
+	fields    func(*T) []any // pointers to the fields of a value, in the order of the columns
 	selects   string         // SELECT … FROM
-	inserts   string         // INSERT of the rows of a JSON array, with a key and its digest
+	inserts   string         // INSERT of a JSON array of rows, which are arrays, with a key and its digest
 	onRepeat  string         // what happens when the key exists
 	returning string
 	fetches   *batcher[string, *T] // nil results: there is no such row
@@ -219,14 +205,15 @@ type table[T resource] struct {
 // newTable describes a table. columns are the columns of T with their types.
 func newTable[T resource](d *database, name, columns string, fields func(*T) []any) *table[T] {
 	t := &table[T]{database: d, fields: fields}
-	for column := range strings.SplitSeq(columns, ", ") {
-		name, _, _ := strings.Cut(column, " ")
-		t.names = append(t.names, name)
+	var names, values []string
+	for i, definition := range strings.Split(columns, ", ") {
+		column, kind, _ := strings.Cut(definition, " ")
+		names, values = append(names, column), append(values, fmt.Sprintf("(new ->> %d)::%s", i, kind))
 	}
-	list := strings.Join(t.names, ", ")
+	list := strings.Join(names, ", ")
 	t.selects = "SELECT " + list + " FROM {schema}." + name
 	t.inserts = "INSERT INTO {schema}." + name + " AS old (" + list + ", idempotency_key, idempotency_digest)" +
-		" SELECT " + list + ", $2::text, $3::bytea FROM json_to_recordset($1) AS new (" + columns + ")"
+		" SELECT " + strings.Join(values, ", ") + ", $2::text, $3::bytea FROM jsonb_array_elements($1) AS new"
 	// The update changes nothing. It makes the statement return a row that
 	// another statement, perhaps still running, has inserted.
 	t.onRepeat = " ON CONFLICT (coalesce(user_id, ''), idempotency_key) WHERE idempotency_key IS NOT NULL" +
@@ -245,15 +232,12 @@ func (t *table[T]) create(ctx context.Context, row T, key string, content any) (
 		made, err := valueOr(found, translate(ctx, err), errNotStored)
 		return made, false, err
 	}
-	text, err := json.Marshal(content)
-	if err != nil {
-		return made, false, err
-	}
+	text, _ := json.Marshal(content) // cannot fail: texts, numbers and booleans
 	digest := sha256.Sum256(text)
-	rows, err := t.write(ctx, t.inserts+t.onRepeat+t.returning, t.records(row), key, digest[:])
+	rows, err := t.rows(ctx, t.inserts+t.onRepeat+t.returning, t.records([]T{row}), key, digest[:])
 	own, owner, _ := row.identity()
 	if err == nil && len(rows) == 0 {
-		if rows, err = t.rows(ctx, false, t.selects+" WHERE coalesce(user_id, '') = coalesce($1, '') AND idempotency_key = $2", owner, key); len(rows) > 0 {
+		if rows, err = t.rows(ctx, t.selects+" WHERE coalesce(user_id, '') = coalesce($1, '') AND idempotency_key = $2", owner, key); len(rows) > 0 {
 			err = ErrKeyReused
 		}
 		err = cmp.Or(err, errNotStored)
@@ -270,7 +254,7 @@ var errNotStored = errors.New("a trigger or a policy of the database kept the ro
 
 // createAll inserts rows, and returns them as they are stored.
 func (t *table[T]) createAll(ctx context.Context, rows []T) ([]*T, error) {
-	made, err := t.write(ctx, t.inserts+t.returning, t.records(rows...), nil, nil)
+	made, err := t.rows(ctx, t.inserts+t.returning, t.records(rows), nil, nil)
 	ids := make([]string, len(rows))
 	for i, row := range rows {
 		ids[i], _, _ = row.identity()
@@ -278,18 +262,14 @@ func (t *table[T]) createAll(ctx context.Context, rows []T) ([]*T, error) {
 	return byID(made, ids), err
 }
 
-// records returns rows as a JSON array of objects, named as the columns are.
-func (t *table[T]) records(rows ...T) string {
-	var b []byte
+// records returns rows as a JSON array of arrays.
+func (t *table[T]) records(rows []T) string {
+	var all [][]any
 	for i := range rows {
-		b = append(b, '{')
-		for j, field := range t.fields(&rows[i]) {
-			value, _ := json.Marshal(field) // cannot fail: strings, numbers, booleans and times
-			b = fmt.Appendf(b, `"%s":%s,`, t.names[j], value)
-		}
-		b = append(b[:len(b)-1], "},"...)
+		all = append(all, t.fields(&rows[i]))
 	}
-	return "[" + string(b[:len(b)-1]) + "]"
+	text, _ := json.Marshal(all) // cannot fail: strings, numbers, booleans and times
+	return string(text)
 }
 
 // list returns a page of rows and reports whether more follow.
@@ -322,11 +302,8 @@ func (t *table[T]) list(ctx context.Context, f Filter) (rows []T, more bool, err
 		where = "completed = ANY (ARRAY[" + strconv.FormatBool(*f.Completed) + "]) AND " + where
 		by = "completed" + order + ", " + by
 	}
-	rows, err = t.rows(ctx, false, t.selects+" WHERE "+where+" ORDER BY "+by+" LIMIT "+q.bind(f.Limit+1), q.args...)
-	if len(rows) > f.Limit {
-		return rows[:f.Limit], true, err
-	}
-	return rows, false, err
+	rows, err = t.rows(ctx, t.selects+" WHERE "+where+" ORDER BY "+by+" LIMIT "+q.bind(f.Limit+1), q.args...)
+	return rows[:min(len(rows), f.Limit)], len(rows) > f.Limit, err
 }
 
 // get returns a row, whatever its version.
@@ -334,15 +311,14 @@ func (t *table[T]) get(ctx context.Context, target Target) (row T, err error) {
 	found, err := t.fetches.do(ctx, target.ID)
 	row, err = valueOr(found, translate(ctx, err), ErrNotFound)
 	if _, owner, _ := row.identity(); err == nil && target.Owner != nil && (owner == nil || *owner != *target.Owner) {
-		var none T
-		return none, ErrNotFound
+		return row, ErrNotFound
 	}
 	return row, err
 }
 
 // fetchAll returns the rows with the given ids.
 func (t *table[T]) fetchAll(ctx context.Context, ids []string) ([]*T, error) {
-	rows, err := t.rows(ctx, false, t.selects+" WHERE id = ANY ($1)", ids)
+	rows, err := t.rows(ctx, t.selects+" WHERE id = ANY ($1)", ids)
 	return byID(rows, ids), err
 }
 
@@ -371,7 +347,7 @@ func (t *table[T]) check(ctx context.Context, target Target) (T, error) {
 
 // change runs an UPDATE or a DELETE on a target and returns its row.
 func (t *table[T]) change(ctx context.Context, target Target, q *statement, text string) (row T, err error) {
-	rows, err := t.write(ctx, text+q.where(target)+t.returning, q.args...)
+	rows, err := t.rows(ctx, text+q.where(target)+t.returning, q.args...)
 	if err != nil {
 		return row, err
 	}
@@ -387,11 +363,6 @@ func (t *table[T]) change(ctx context.Context, target Target, q *statement, text
 	return row, ErrPrecondition
 }
 
-// write runs a statement that must not run twice.
-func (t *table[T]) write(ctx context.Context, text string, args ...any) ([]T, error) {
-	return t.rows(ctx, true, text, args...)
-}
-
 // rows runs a statement and scans the rows that it returns. When a connection is
 // lost, database/sql runs a statement again, even one that took effect, but never
 // on a pinned connection.
@@ -399,7 +370,7 @@ func (t *table[T]) write(ctx context.Context, text string, args ...any) ([]T, er
 // It first waits for a turn. Turns come in the order of asking. database/sql
 // alone serves waiters in no order, so under load some would wait until their
 // deadline.
-func (t *table[T]) rows(ctx context.Context, pinned bool, text string, args ...any) (all []T, err error) {
+func (t *table[T]) rows(ctx context.Context, text string, args ...any) (all []T, err error) {
 	defer func() { err = translate(ctx, err) }()
 	select {
 	case t.turns <- struct{}{}:
@@ -411,16 +382,12 @@ func (t *table[T]) rows(ctx context.Context, pinned bool, text string, args ...a
 	if err != nil {
 		return nil, err
 	}
-	query := t.db.QueryContext
-	if pinned {
-		conn, err := t.db.Conn(ctx)
-		if err != nil {
-			return nil, err
-		}
-		defer func() { _ = conn.Close() }()
-		query = conn.QueryContext
+	conn, err := t.db.Conn(ctx)
+	if err != nil {
+		return nil, err
 	}
-	rows, err := query(ctx, text, args...)
+	defer func() { _ = conn.Close() }()
+	rows, err := conn.QueryContext(ctx, text, args...)
 	if err != nil {
 		return nil, err
 	}

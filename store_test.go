@@ -43,7 +43,7 @@ func applySchema(t *testing.T, dbURL string) (schema string, err error) {
 	if err := NewStore(db).Migrate(ctx); err != nil {
 		return "", err
 	}
-	return findSchema(ctx, db)
+	return NewStore(db).qualify(ctx, "{schema}")
 }
 
 // previousSchema is the schema of the previous version, without its constraint
@@ -246,7 +246,7 @@ func TestMigrateSearchPath(t *testing.T) {
 				if _, err := db.Exec("CREATE TEMP TABLE IF NOT EXISTS tasks (); SELECT set_config('search_path', '" + left + "', false)"); err != nil {
 					t.Fatal(err)
 				}
-				got, err := findSchema(t.Context(), db)
+				got, err := NewStore(db).qualify(t.Context(), "{schema}")
 				if want := fill.Replace(tt.want); got != want || err != nil {
 					t.Errorf("schema %s, %v; want %s", got, err, want)
 				}
