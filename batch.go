@@ -54,16 +54,22 @@ type batch[C, R any] struct {
 	errs     []error
 }
 
-// do makes a call. Its error is that of ctx if ctx ends first.
+// do makes a call. Its error is that of ctx if ctx ends first. The last caller that
+// leaves ends the batch.
 func (b *batcher[C, R]) do(ctx context.Context, call C) (result R, err error) {
 	joined, i := b.join(ctx, call)
 	select {
 	case <-joined.done:
 		return joined.results[i], joined.errs[i]
 	case <-ctx.Done():
-		b.abandon(joined)
-		return result, ctx.Err()
 	}
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if joined.waiting--; joined.waiting == 0 {
+		joined.cancel()
+		b.close(joined)
+	}
+	return result, ctx.Err()
 }
 
 // join adds a call to the next batch, and returns its index there.
@@ -88,14 +94,8 @@ func (b *batcher[C, R]) join(ctx context.Context, call C) (joined *batch[C, R], 
 	return joined, len(joined.calls) - 1
 }
 
-// abandon ends a batch if the last of its callers has gone.
-func (b *batcher[C, R]) abandon(joined *batch[C, R]) {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	if joined.waiting--; joined.waiting > 0 {
-		return
-	}
-	joined.cancel()
+// close keeps further calls from joining a batch. b.mu must be locked.
+func (b *batcher[C, R]) close(joined *batch[C, R]) {
 	if b.next == joined {
 		b.next = nil
 	}
@@ -109,9 +109,7 @@ func (b *batcher[C, R]) start(own *batch[C, R]) {
 	case <-time.After(maxWait):
 	}
 	b.mu.Lock()
-	if b.next == own {
-		b.next = nil // no more calls may join
-	}
+	b.close(own)
 	b.mu.Unlock()
 	defer own.cancel()
 	ctx, cancel := context.WithDeadline(own.ctx, own.deadline)

@@ -44,7 +44,7 @@ func fill(b *testing.B, url string, tasks int) {
 func BenchmarkTasks(b *testing.B) {
 	for _, tasks := range []int{10_000, 1_000_000} {
 		url := newDatabase(b)
-		for _, prepare := range []prepareMode{prepareNever, prepareAlways} {
+		for _, prepare := range []string{"false", "true"} {
 			db, err := openDB(url, prepare)
 			if err != nil {
 				b.Fatal(err)
@@ -54,10 +54,10 @@ func BenchmarkTasks(b *testing.B) {
 			if err := store.Migrate(b.Context()); err != nil {
 				b.Fatal(err)
 			}
-			if prepare == prepareNever {
+			if prepare == "false" {
 				fill(b, url, tasks)
 			}
-			b.Run(fmt.Sprintf("tasks=%d/prepare=%t", tasks, prepare == prepareAlways), func(b *testing.B) { benchOperations(b, store, tasks) })
+			b.Run(fmt.Sprintf("tasks=%d/prepare=%t", tasks, prepare == "true"), func(b *testing.B) { benchOperations(b, store, tasks) })
 		}
 	}
 }

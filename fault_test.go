@@ -53,8 +53,8 @@ func waitFor(t testing.TB, what string, done func() bool) {
 
 // inBothModes runs a test with statements that are prepared and, behind a proxy,
 // with others.
-func inBothModes(t *testing.T, test func(t *testing.T, prepare prepareMode)) {
-	for name, prepare := range map[string]prepareMode{"prepared": prepareAlways, "unprepared": prepareAuto} {
+func inBothModes(t *testing.T, test func(t *testing.T, prepare string)) {
+	for name, prepare := range map[string]string{"prepared": "true", "unprepared": "auto"} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			test(t, prepare)
@@ -74,7 +74,7 @@ func queryInt(t testing.TB, url, query string, args ...any) (n int) {
 }
 
 // newAPIWithPool is newAPIOn with a pool of a size and a kind.
-func newAPIWithPool(t testing.TB, dbURL string, conns int, prepare prepareMode, opts Options) *api {
+func newAPIWithPool(t testing.TB, dbURL string, conns int, prepare string, opts Options) *api {
 	t.Helper()
 	db, err := openDB(dbURL, prepare)
 	if err != nil {
@@ -465,7 +465,7 @@ func (w *workload) audit(dbURL string) (applied []int) {
 // Each operation suffers each fault once.
 func TestFaultEachOperation(t *testing.T) {
 	t.Parallel()
-	inBothModes(t, func(t *testing.T, prepare prepareMode) {
+	inBothModes(t, func(t *testing.T, prepare string) {
 		for f := pass + 1; f < faults; f++ {
 			t.Run(f.String(), func(t *testing.T) {
 				t.Parallel()
@@ -475,7 +475,7 @@ func TestFaultEachOperation(t *testing.T) {
 	})
 }
 
-func testFaultEachOperation(t *testing.T, f fault, prepare prepareMode) {
+func testFaultEachOperation(t *testing.T, f fault, prepare string) {
 	silent, timeout := f >= stall, patience
 	if silent {
 		timeout = deadline
@@ -526,7 +526,7 @@ func TestFaultWorkload(t *testing.T) {
 	inBothModes(t, testFaultWorkload)
 }
 
-func testFaultWorkload(t *testing.T, prepare prepareMode) {
+func testFaultWorkload(t *testing.T, prepare string) {
 	dbURL := newDatabase(t)
 	p := newProxy(t, dbURL)
 	w := newWorkload(newAPIWithPool(t, p.url, 8, prepare, Options{RequestTimeout: deadline}), 400)
@@ -806,7 +806,7 @@ func TestFaultDatabaseAway(t *testing.T) {
 	dbURL := strings.Replace(onTCP(server.URL, addr), "dbname=postgres", "dbname=away", 1)
 	goroutines := countGoroutines(t)
 	const conns = 8
-	w := newWorkload(newAPIWithPool(t, dbURL, conns, prepareAlways, Options{RequestTimeout: deadline}), 20_000)
+	w := newWorkload(newAPIWithPool(t, dbURL, conns, "true", Options{RequestTimeout: deadline}), 20_000)
 	before := goroutines()
 
 	restart := func() { pgCtl(t, server, "restart", "-m", "immediate") }
@@ -834,7 +834,7 @@ func TestFaultDatabaseAway(t *testing.T) {
 		w.want(http.StatusOK, w.do("GET", "/healthz", ""))
 		start := time.Now()
 		w.want503(w.do("GET", "/readyz", ""))
-		if took := time.Since(start); took > readyTimeout+promptly {
+		if took := time.Since(start); took > time.Second+promptly {
 			t.Errorf("/readyz took %v", took)
 		}
 		enough := w.failures.Load() + 20
@@ -939,7 +939,7 @@ func TestFaultFailover(t *testing.T) {
 	first, secondDir, thirdDir := newServer(t), shortTempDir(t), shortTempDir(t)
 	second := newStandby(t, first, secondDir)
 	dbURL := strings.Replace(first.URL, " port=", ","+secondDir+","+thirdDir+" port=", 1) + " target_session_attrs=read-write"
-	w := newWorkload(newAPIWithPool(t, dbURL, 6, prepareAlways, Options{RequestTimeout: 2 * time.Second}), 20_000)
+	w := newWorkload(newAPIWithPool(t, dbURL, 6, "true", Options{RequestTimeout: 2 * time.Second}), 20_000)
 	// What the standby does not have is not acknowledged, even if the primary says
 	// after all that it has it.
 	thaw := freeze(t, second)
@@ -992,7 +992,7 @@ func waiting(t testing.TB, dbURL string) int {
 func TestFaultOverload(t *testing.T) {
 	t.Parallel()
 	const conns, inFlight, n = 2, 16, 160
-	a := newAPIWithPool(t, newDatabase(t), conns, prepareNever, Options{RequestTimeout: patience, MaxInFlight: inFlight})
+	a := newAPIWithPool(t, newDatabase(t), conns, "false", Options{RequestTimeout: patience, MaxInFlight: inFlight})
 	a.log.expected.Store(true)
 	ids := a.newTasks(n)
 	unlock := lockTasks(t, a.dbURL, lockTable)
@@ -1021,7 +1021,7 @@ func TestFaultOverload(t *testing.T) {
 func TestFaultOverloadOrder(t *testing.T) {
 	t.Parallel()
 	const conns, clients, n = 2, 64, 10
-	a := newAPIWithPool(t, newDatabase(t), conns, prepareNever, Options{RequestTimeout: patience})
+	a := newAPIWithPool(t, newDatabase(t), conns, "false", Options{RequestTimeout: patience})
 	execSQL(t, a.dbURL, `CREATE FUNCTION slow() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN PERFORM pg_sleep(0.005); RETURN NEW; END'`)
 	execSQL(t, a.dbURL, "CREATE TRIGGER slow BEFORE UPDATE ON tasks FOR EACH ROW EXECUTE FUNCTION slow()")
 	var clock atomic.Int64
@@ -1059,7 +1059,7 @@ func (a *api) sendRaw(text string) *rawConn {
 func TestFaultSlowClients(t *testing.T) {
 	t.Parallel()
 	const inFlight, slow = 2, 20
-	a := newAPIWithPool(t, newDatabase(t), 1, prepareNever, Options{RequestTimeout: patience, MaxInFlight: inFlight})
+	a := newAPIWithPool(t, newDatabase(t), 1, "false", Options{RequestTimeout: patience, MaxInFlight: inFlight})
 	execSQL(t, a.dbURL, `INSERT INTO tasks (id, title, description)
 		SELECT `+idOf("n")+`, 'x', repeat('x', 10000) FROM generate_series(1, 1000) n`)
 	var senders []*rawConn
@@ -1090,7 +1090,7 @@ func TestFaultSlowClients(t *testing.T) {
 // waiting for one.
 func TestFaultClientGone(t *testing.T) {
 	t.Parallel()
-	a := newAPIWithPool(t, newDatabase(t), 1, prepareNever, Options{RequestTimeout: patience})
+	a := newAPIWithPool(t, newDatabase(t), 1, "false", Options{RequestTimeout: patience})
 	id := a.newTasks(1)[0]
 	inFlight := func(n int) {
 		want := fmt.Sprintf("in_flight %d\n", n)
@@ -1121,7 +1121,7 @@ func TestFaultClientGone(t *testing.T) {
 // of another client instead.
 func TestFaultLateCancel(t *testing.T) {
 	t.Parallel()
-	inBothModes(t, func(t *testing.T, prepare prepareMode) {
+	inBothModes(t, func(t *testing.T, prepare string) {
 		dbURL := newDatabase(t)
 		p := newProxy(t, dbURL)
 		a := newAPIWithPool(t, p.url, 1, prepare, Options{RequestTimeout: patience})

@@ -23,8 +23,6 @@ import (
 	"time"
 )
 
-const readyTimeout = time.Second // for the database to respond
-
 //go:embed openapi.json
 var openAPI []byte
 
@@ -111,8 +109,8 @@ func (h *Handler) routes() []*route {
 		{h, "POST /api/tasks", h.api(h.createTask, scope, whole)},
 		{h, "GET /api/tasks", h.api(h.listTasks, page, nil)},
 		{h, "GET /api/tasks/{id}", h.api(h.getTask, scope, nil)},
-		{h, "PUT /api/tasks/{id}", h.api(h.replaceTask, scope, whole)},
-		{h, "PATCH /api/tasks/{id}", h.api(h.patchTask, scope, patch)},
+		{h, "PUT /api/tasks/{id}", h.api(h.changeTask(decodeReplacement), scope, whole)},
+		{h, "PATCH /api/tasks/{id}", h.api(h.changeTask(decodeTaskPatch), scope, patch)},
 		{h, "PATCH /api/tasks/{id}/complete", h.api(h.completeTask, scope, patch)},
 		{h, "DELETE /api/tasks/{id}", h.api(h.deleteTask, scope, nil)},
 		{h, "GET /healthz", h.health},
@@ -155,7 +153,11 @@ func (h *Handler) unmatched(w http.ResponseWriter, r *http.Request) (*response, 
 	case methods == nil:
 		return nil, refuse(http.StatusNotFound, "Not found.")
 	case r.Method == http.MethodOptions && h.originNamed(r) && r.Header.Get("Access-Control-Request-Method") != "":
-		return preflight(allow, r.Header), nil
+		return &response{status: http.StatusNoContent, header: http.Header{
+			"Access-Control-Allow-Methods": {allow},
+			"Access-Control-Allow-Headers": r.Header.Values("Access-Control-Request-Headers"),
+			"Access-Control-Max-Age":       {"7200"}, // seconds; browsers allow no more
+		}}, nil
 	}
 	return nil, refuse(http.StatusMethodNotAllowed, "The method %s is not allowed here.", r.Method).with("Allow", allow)
 }
@@ -180,31 +182,26 @@ func (h *Handler) getTask(r *request) (*response, error) {
 	return fetched(r, t, err)
 }
 
-func (h *Handler) replaceTask(r *request) (*response, error) {
-	return h.changeTask(r, decodeReplacement)
-}
-
-func (h *Handler) patchTask(r *request) (*response, error) {
-	return h.changeTask(r, decodeTaskPatch)
+// changeTask returns an operation that makes the change that decode returns.
+func (h *Handler) changeTask(decode func(body []byte) (TaskPatch, error)) operation {
+	return func(r *request) (*response, error) {
+		patch, err := decode(r.body)
+		if err != nil {
+			return nil, err
+		}
+		t, err := h.store.Patch(r.Context(), r.target(), patch)
+		return changed(t, err)
+	}
 }
 
 func (h *Handler) completeTask(r *request) (*response, error) {
 	if len(r.body) > 0 {
-		return h.changeTask(r, decodeCompletion)
+		return h.changeTask(decodeCompletion)(r)
 	}
 	if r.Header.Values("Idempotency-Key") != nil {
 		return nil, InvalidError{{Header: "Idempotency-Key", Detail: `a repeat would flip the task back; send the body {"completed": true} or false instead`}}
 	}
 	t, err := h.store.Flip(r.Context(), r.target())
-	return changed(t, err)
-}
-
-func (h *Handler) changeTask(r *request, decode func([]byte) (TaskPatch, error)) (*response, error) {
-	patch, err := decode(r.body)
-	if err != nil {
-		return nil, err
-	}
-	t, err := h.store.Patch(r.Context(), r.target(), patch)
 	return changed(t, err)
 }
 
@@ -220,12 +217,10 @@ func (h *Handler) ready(w http.ResponseWriter, r *http.Request) (*response, erro
 	if h.draining.Load() {
 		return nil, refuse(http.StatusServiceUnavailable, "The service is shutting down.")
 	}
-	ctx, cancel := context.WithTimeout(r.Context(), readyTimeout)
+	ctx, cancel := context.WithTimeout(r.Context(), time.Second)
 	defer cancel()
-	if err := h.store.Ping(ctx); err != nil {
-		return nil, err
-	}
-	return h.health(w, r)
+	res, _ := h.health(w, r)
+	return res, h.store.Ping(ctx)
 }
 
 func (h *Handler) writeMetrics(http.ResponseWriter, *http.Request) (*response, error) {

@@ -13,7 +13,6 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"runtime"
 	"slices"
 	"strings"
 	"time"
@@ -54,9 +53,6 @@ type localDB struct {
 // If another process uses the server, the error names it. After an error nothing
 // is left half done. If ctx ends first, the error wraps ctx.Err().
 func startLocalDB(ctx context.Context, dir, bin string, opts ...string) (*localDB, error) {
-	if runtime.GOOS == "windows" {
-		return nil, errors.New("a private PostgreSQL needs a Unix system: set DATABASE_URL")
-	}
 	dir, err := filepath.Abs(dir)
 	if err != nil {
 		return nil, err
@@ -111,7 +107,7 @@ func (db *localDB) findPrograms(ctx context.Context) error {
 			dirs = append(dirs, found...)
 		}
 	}
-	want, found := db.version(), ""
+	want := db.version()
 	for _, dir := range dirs {
 		dir, _ = filepath.Abs(dir) // run runs programs in db.dir
 		var major int
@@ -121,13 +117,10 @@ func (db *localDB) findPrograms(ctx context.Context) error {
 			db.bin = dir
 			return nil
 		}
-		if major > 0 {
-			found += fmt.Sprintf(", %d in %s", major, dir)
-		}
 	}
 	if want != "" {
-		return fmt.Errorf("the data is of version %s, and its programs are not found (only those of %s): set PG_BIN to their directory, "+
-			"convert the data with pg_upgrade or pg_dump, or move it away to start afresh", want, cmp.Or(strings.TrimPrefix(found, ", "), "none"))
+		return fmt.Errorf("the data is of version %s, and the programs of that version are not found: set PG_BIN to their directory, "+
+			"convert the data with pg_upgrade or pg_dump, or move it away to start afresh", want)
 	}
 	return fmt.Errorf("no PostgreSQL 14 or later found in %s: set DATABASE_URL, or install PostgreSQL (apt-get install postgresql, "+
 		"dnf install postgresql-server, apk add postgresql, brew install postgresql), or set PG_BIN to the directory of its programs",

@@ -38,21 +38,14 @@ const (
 	startTimeout      = time.Minute      // for a database that is still starting
 	maxRequestTimeout = 45 * time.Second // leaves time to read the answer
 	localDir          = ".postgres"
-	gcPercent         = 400 // a fifth more lists a second than with 100, for 13 MB
 )
 
 func main() {
 	signal.Ignore(syscall.SIGPIPE) // a log without a reader does not end the service
-	ctx, cancel := context.WithCancel(context.Background())
-	signals := make(chan os.Signal, 1)
-	signal.Notify(signals, os.Interrupt, syscall.SIGTERM)
-	go func() {
-		<-signals
-		signal.Stop(signals) // so that a second one ends the program at once
-		cancel()
-	}()
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	context.AfterFunc(ctx, stop) // so that a second signal ends the program at once
 	if os.Getenv("GOGC") == "" && os.Getenv("GOMEMLIMIT") == "" {
-		debug.SetGCPercent(gcPercent)
+		debug.SetGCPercent(400) // a fifth more lists a second than with 100, for 13 MB
 	}
 	err := run(ctx, os.Args[1:], os.Getenv, os.Stdout)
 	if err == nil {
@@ -82,8 +75,8 @@ func run(ctx context.Context, args []string, getenv func(string) string, stdout 
 	case flags.NArg() > 0:
 		return usageError{fmt.Errorf("unexpected argument %q; settings are environment variables, see -h", flags.Arg(0))}
 	}
-	log, flushed := newLogWriter(stdout)
-	defer log.flush(flushed)
+	log, flush := newLogWriter(stdout)
+	defer flush()
 	cfg, err := configure(getenv, log)
 	if err != nil {
 		return usageError{err}
@@ -96,71 +89,55 @@ func run(ctx context.Context, args []string, getenv func(string) string, stdout 
 
 // config is what the environment says.
 type config struct {
-	databaseURL     string // "": a private PostgreSQL
-	prepare         prepareMode
-	pgBin           string
-	addr            string
-	maxConns        int
-	shutdownTimeout time.Duration
-	shutdownDelay   time.Duration
-	options         Options
-	logLevel        slog.Level
-	logFormat       string
-	hints           io.Writer // tells a person what to do next; not nil
+	databaseURL                    string // "": a private PostgreSQL
+	prepare, pgBin, addr           string
+	userHeader, logFormat          string
+	maxConns                       int
+	shutdownTimeout, shutdownDelay time.Duration
+	options                        Options
+	logLevel                       slog.Level
+	hints                          io.Writer // tells a person what to do next; not nil
 }
 
 // variable is an environment variable that sets something.
 type variable struct {
-	name, byDefault string
-	help            string
-	want            string // what its value must be
-	set             func(c *config, value string) (ok bool)
+	name, byDefault, help string
+	value
 }
 
-// variables returns all of them. ADDR comes after PORT, which it overrides.
-func variables() []variable {
+// value is what a variable may be.
+type value struct {
+	want string // in words
+	set  func(text string) (ok bool)
+}
+
+// variables returns all of them. They set c. ADDR comes after PORT, which it
+// overrides.
+func variables(c *config) []variable {
 	return []variable{
-		{"DATABASE_URL", "", "PostgreSQL to use: a URL, or keywords and values, as libpq reads them; unset: a private one, kept in " + localDir, "",
-			func(c *config, v string) bool { c.databaseURL = v; return true }},
-		{"PORT", "", "port to listen on, on all interfaces; ADDR overrides it", "a port number",
-			func(c *config, v string) bool { c.addr = ":" + v; return isAddr(c.addr) }},
-		{"ADDR", "localhost:8080", "address to listen on", "host:port or :port",
-			func(c *config, v string) bool { c.addr = v; return isAddr(v) }},
-		{"DB_MAX_CONNS", "10", "connections to PostgreSQL", "a number from 1 to 10000",
-			number(10_000, func(c *config) *int { return &c.maxConns })},
-		{"DB_PREPARE", "auto", "prepare statements: auto (on direct connections), true or false; true behind a transaction-mode pooler destroys data", "auto, true or false",
-			func(c *config, v string) (ok bool) {
-				c.prepare, ok = map[string]prepareMode{"auto": prepareAuto, "true": prepareAlways, "false": prepareNever}[v]
-				return ok
-			}},
-		{"REQUEST_TIMEOUT", "5s", "deadline of one request, at most 45s", "a duration such as 5s, at most 45s",
-			duration(1, maxRequestTimeout, func(c *config) *time.Duration { return &c.options.RequestTimeout })},
-		{"MAX_IN_FLIGHT", "1000", "API requests served at once; one more is 503", "a number from 1 to 1000000",
-			number(1_000_000, func(c *config) *int { return &c.options.MaxInFlight })},
-		{"SHUTDOWN_DELAY", "0s", "how long a stop goes on accepting requests, with /readyz 503", "a duration such as 5s, at most 1h",
-			duration(0, time.Hour, func(c *config) *time.Duration { return &c.shutdownDelay })},
-		{"SHUTDOWN_TIMEOUT", "10s", "how long it then waits for requests in flight", "a duration such as 10s, at most 1h",
-			duration(1, time.Hour, func(c *config) *time.Duration { return &c.shutdownTimeout })},
-		{"USER_HEADER", "", "header in which an authenticating proxy passes the user, such as X-Forwarded-User", "the name of a header",
-			func(c *config, v string) bool {
-				c.options.Authenticate = userHeader(v)
-				return matches(v, "[A-Za-z0-9_-]+")
-			}},
-		{"ALLOWED_HOSTS", "", "names that requests may have as Host, separated by commas, or *; unset: localhost on a loopback address, any on others", "* or host names without port, separated by commas",
-			list(isHost, func(c *config) *[]string { return &c.options.Hosts })},
-		{"PATH_PREFIX", "", "path below which clients see the service and which a proxy removes, such as /todo", "a path such as /todo, without a slash at its end",
-			func(c *config, v string) bool {
-				c.options.Prefix = v
-				return matches(v, "(/[A-Za-z0-9._~!$&'()*+,;=:@%-]+)+")
-			}},
-		{"CORS_ORIGINS", "", "origins whose pages may use the API, separated by commas, or *", "* or a list of origins such as https://example.com, as browsers send them, separated by commas",
-			list(isOrigin, func(c *config) *[]string { return &c.options.CORSOrigins })},
-		{"LOG_LEVEL", "info", "debug, info, warn or error", "debug, info, warn or error",
-			func(c *config, v string) bool { return c.logLevel.UnmarshalText([]byte(v)) == nil }},
-		{"LOG_FORMAT", "text", "text or json", "text or json",
-			func(c *config, v string) bool { c.logFormat = v; return v == "text" || v == "json" }},
-		{"PG_BIN", "", "directory of the private PostgreSQL's programs; unset: searched for", "",
-			func(c *config, v string) bool { c.pgBin = v; return true }},
+		{"DATABASE_URL", "", "PostgreSQL to use: a URL, or keywords and values, as libpq reads them; unset: a private one, kept in " + localDir, text(&c.databaseURL, "", "")},
+		{"PORT", "", "port to listen on, on all interfaces; ADDR overrides it",
+			value{"a port number", func(port string) bool { c.addr = ":" + port; return isAddr(c.addr) }}},
+		{"ADDR", "localhost:8080", "address to listen on",
+			value{"host:port or :port", func(addr string) bool { c.addr = addr; return isAddr(addr) }}},
+		{"DB_MAX_CONNS", "10", "connections to PostgreSQL", number(&c.maxConns, 10_000)},
+		{"DB_PREPARE", "auto", "prepare statements: auto (on direct connections), true or false; true behind a transaction-mode pooler destroys data",
+			text(&c.prepare, "auto, true or false", "auto|true|false")},
+		{"REQUEST_TIMEOUT", "5s", "deadline of one request, at most 45s", duration(&c.options.RequestTimeout, 1, maxRequestTimeout)},
+		{"MAX_IN_FLIGHT", "1000", "API requests served at once; one more is 503", number(&c.options.MaxInFlight, 1_000_000)},
+		{"SHUTDOWN_DELAY", "0s", "how long a stop goes on accepting requests, with /readyz 503", duration(&c.shutdownDelay, 0, time.Hour)},
+		{"SHUTDOWN_TIMEOUT", "10s", "how long it then waits for requests in flight", duration(&c.shutdownTimeout, 1, time.Hour)},
+		{"USER_HEADER", "", "header in which an authenticating proxy passes the user, such as X-Forwarded-User", text(&c.userHeader, "the name of a header", "[A-Za-z0-9_-]+")},
+		{"ALLOWED_HOSTS", "", "names that requests may have as Host, separated by commas, or *; unset: localhost on a loopback address, any on others",
+			list(&c.options.Hosts, "host names without port", isHost)},
+		{"PATH_PREFIX", "", "path below which clients see the service and which a proxy removes, such as /todo",
+			text(&c.options.Prefix, "a path such as /todo, without a slash at its end", "(/[A-Za-z0-9._~!$&'()*+,;=:@%-]+)+")},
+		{"CORS_ORIGINS", "", "origins whose pages may use the API, separated by commas, or *",
+			list(&c.options.CORSOrigins, "origins such as https://example.com, as browsers send them", isOrigin)},
+		{"LOG_LEVEL", "info", "debug, info, warn or error",
+			value{"debug, info, warn or error", func(level string) bool { return c.logLevel.UnmarshalText([]byte(level)) == nil }}},
+		{"LOG_FORMAT", "text", "text or json", text(&c.logFormat, "text or json", "text|json")},
+		{"PG_BIN", "", "directory of the private PostgreSQL's programs; unset: searched for", text(&c.pgBin, "", "")},
 	}
 }
 
@@ -172,7 +149,7 @@ func usage() string {
 		"  -h            print this help\n" +
 		"  -healthcheck  ask a running service whether it is up, and exit with 0 or 1\n\n" +
 		"Environment variables; an empty one counts as unset:\n\n")
-	for _, s := range variables() {
+	for _, s := range variables(new(config)) {
 		help := s.help
 		if s.byDefault != "" {
 			help += " (" + s.byDefault + ")"
@@ -184,16 +161,17 @@ func usage() string {
 
 // configure reads the environment.
 func configure(getenv func(string) string, stdout io.Writer) (cfg config, err error) {
-	all := variables()
+	all := variables(&cfg)
 	for _, s := range all {
-		if s.byDefault != "" {
-			s.set(&cfg, s.byDefault)
-		}
+		s.set(s.byDefault)
 	}
 	for _, s := range all {
-		if value := getenv(s.name); value != "" && !s.set(&cfg, value) {
-			return cfg, fmt.Errorf("%s is %q; it must be %s", s.name, value, s.want)
+		if text := getenv(s.name); text != "" && !s.set(text) {
+			return cfg, fmt.Errorf("%s is %q; it must be %s", s.name, text, s.want)
 		}
+	}
+	if cfg.userHeader != "" {
+		cfg.options.Authenticate = userHeader(cfg.userHeader)
 	}
 	opts := &slog.HandlerOptions{Level: cfg.logLevel}
 	cfg.options.Logger, cfg.hints = slog.New(slog.NewTextHandler(stdout, opts)), stdout
@@ -203,28 +181,36 @@ func configure(getenv func(string) string, stdout io.Writer) (cfg config, err er
 	return cfg, nil
 }
 
-func number(most int, field func(*config) *int) func(*config, string) bool {
-	return func(c *config, value string) bool {
-		n, err := strconv.Atoi(value)
-		*field(c) = n
+// text is a value that matches a regular expression; "" matches any.
+func text(field *string, want, expression string) value {
+	return value{want, func(text string) bool {
+		*field = text
+		return expression == "" || matches(text, expression)
+	}}
+}
+
+func number(field *int, most int) value {
+	return value{fmt.Sprintf("a number from 1 to %d", most), func(text string) (ok bool) {
+		n, err := strconv.Atoi(text)
+		*field = n
 		return err == nil && 1 <= n && n <= most
-	}
+	}}
 }
 
-func duration(least, most time.Duration, field func(*config) *time.Duration) func(*config, string) bool {
-	return func(c *config, value string) bool {
-		d, err := time.ParseDuration(value)
-		*field(c) = d
+func duration(field *time.Duration, least, most time.Duration) value {
+	return value{fmt.Sprintf("a duration such as 5s, at most %v", most), func(text string) bool {
+		d, err := time.ParseDuration(text)
+		*field = d
 		return err == nil && least <= d && d <= most
-	}
+	}}
 }
 
-// list reads values that are separated by commas, and perhaps spaces.
-func list(valid func(string) bool, field func(*config) *[]string) func(*config, string) bool {
-	return func(c *config, value string) bool {
-		*field(c) = strings.FieldsFunc(value, func(r rune) bool { return r == ',' || r == ' ' })
-		return !slices.ContainsFunc(*field(c), func(v string) bool { return v != "*" && !valid(v) })
-	}
+// list is values that are separated by commas, and perhaps spaces.
+func list(field *[]string, want string, valid func(string) bool) value {
+	return value{"* or " + want + ", separated by commas", func(text string) bool {
+		*field = strings.FieldsFunc(text, func(r rune) bool { return r == ',' || r == ' ' })
+		return !slices.ContainsFunc(*field, func(v string) bool { return v != "*" && !valid(v) })
+	}}
 }
 
 // matches reports whether a regular expression matches the whole of s.
@@ -295,7 +281,7 @@ func serve(ctx context.Context, cfg config) (err error) {
 			return unlessStopped(ctx, err)
 		}
 		defer func() { err = errors.Join(err, local.Stop()) }()
-		cfg.databaseURL, cfg.prepare = local.URL, prepareAlways
+		cfg.databaseURL, cfg.prepare = local.URL, "true"
 	}
 	db, err := openDB(cfg.databaseURL, cfg.prepare)
 	if err != nil {
@@ -381,18 +367,23 @@ func migrate(ctx context.Context, store *Store, log *slog.Logger) error {
 // others waiting are lost.
 type logWriter chan []byte
 
-func newLogWriter(w io.Writer) (l logWriter, flushed <-chan struct{}) {
+// newLogWriter also returns what waits until the lines so far are written, for a
+// second at most.
+func newLogWriter(w io.Writer) (l logWriter, flush func()) {
 	l, done := make(logWriter, 10_000), make(chan struct{})
 	go func() {
 		defer close(done)
-		for line := range l {
-			if line == nil {
-				return
-			}
+		for line := <-l; line != nil; line = <-l {
 			w.Write(line) // there is no place to report an error
 		}
 	}()
-	return l, done
+	return l, func() {
+		go func() { l <- nil }()
+		select {
+		case <-done:
+		case <-time.After(time.Second):
+		}
+	}
 }
 
 // Write takes a line. It does not wait and does not fail.
@@ -402,13 +393,4 @@ func (l logWriter) Write(line []byte) (int, error) {
 	default:
 	}
 	return len(line), nil
-}
-
-// flush waits until the lines so far are written, for a second at most.
-func (l logWriter) flush(flushed <-chan struct{}) {
-	go func() { l <- nil }()
-	select {
-	case <-flushed:
-	case <-time.After(time.Second):
-	}
 }

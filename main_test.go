@@ -295,7 +295,7 @@ func TestHelp(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	for _, v := range variables() {
+	for _, v := range variables(new(config)) {
 		line := regexp.MustCompile(`(?m)^  ` + v.name + ` +\S.*$`).FindString(help.log.String())
 		if line == "" || v.byDefault != "" && !strings.HasSuffix(line, "("+v.byDefault+")") {
 			t.Errorf("in the help %s is %q, want its default %q in parentheses", v.name, line, v.byDefault)
@@ -317,8 +317,8 @@ func TestDefaults(t *testing.T) {
 		t.Error("the level of the log is not info")
 	}
 	cfg.options.Logger, cfg.hints = nil, nil
-	want := config{addr: "localhost:8080", maxConns: 10, shutdownTimeout: 10 * time.Second, logFormat: "text",
-		options: Options{RequestTimeout: 5 * time.Second, MaxInFlight: 1000}}
+	want := config{prepare: "auto", addr: "localhost:8080", maxConns: 10, shutdownTimeout: 10 * time.Second, logFormat: "text",
+		options: Options{RequestTimeout: 5 * time.Second, MaxInFlight: 1000, Hosts: []string{}, CORSOrigins: []string{}}}
 	if !reflect.DeepEqual(cfg, want) {
 		t.Errorf("got %+v, want %+v", cfg, want)
 	}

@@ -105,10 +105,7 @@ func appendPool(b []byte, s sql.DBStats) []byte {
 	b = appendMetric(b, "go_sql_in_use_connections", "Connections in use.", float64(s.InUse))
 	b = appendMetric(b, "go_sql_idle_connections", "Idle connections.", float64(s.Idle))
 	b = appendMetric(b, "go_sql_wait_count_total", "Connections waited for.", float64(s.WaitCount))
-	b = appendMetric(b, "go_sql_wait_duration_seconds_total", "Time spent waiting for connections.", s.WaitDuration.Seconds())
-	b = appendMetric(b, "go_sql_max_idle_closed_total", "Connections closed because enough were idle.", float64(s.MaxIdleClosed))
-	b = appendMetric(b, "go_sql_max_idle_time_closed_total", "Connections closed because they were idle too long.", float64(s.MaxIdleTimeClosed))
-	return appendMetric(b, "go_sql_max_lifetime_closed_total", "Connections closed because they were too old.", float64(s.MaxLifetimeClosed))
+	return appendMetric(b, "go_sql_wait_duration_seconds_total", "Time spent waiting for connections.", s.WaitDuration.Seconds())
 }
 
 // appendRuntime appends the state of the Go runtime, as far as it can be read
@@ -117,7 +114,6 @@ func appendRuntime(b []byte) []byte {
 	b = appendMetric(b, `go_info{version="`+runtime.Version()+`"}`, "The version of Go.", 1)
 	for _, row := range [...]struct{ name, help, key string }{
 		{"go_goroutines", "Goroutines.", "/sched/goroutines:goroutines"},
-		{"go_threads", "Threads of the operating system.", "/sched/threads/total:threads"},
 		{"go_memstats_alloc_bytes", "Memory of heap objects.", "/memory/classes/heap/objects:bytes"},
 		{"go_memstats_alloc_bytes_total", "Memory allocated for heap objects.", "/gc/heap/allocs:bytes"},
 		{"go_memstats_next_gc_bytes", "Heap size at which the next collection ends.", "/gc/heap/goal:bytes"},

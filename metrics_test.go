@@ -22,7 +22,7 @@ func TestMetricsPage(t *testing.T) {
 	var m metrics
 	m.inFlight.Add(3)
 	pool := sql.DBStats{MaxOpenConnections: 10, OpenConnections: 7, InUse: 4, Idle: 3,
-		WaitCount: 21, WaitDuration: 1500 * time.Millisecond, MaxIdleClosed: 22, MaxIdleTimeClosed: 23, MaxLifetimeClosed: 24}
+		WaitCount: 21, WaitDuration: 1500 * time.Millisecond}
 	got := parseMetrics(t, m.appendTo(nil, pool))
 	most := got["go_memstats_sys_bytes"]
 	for name, want := range map[string][2]float64{ // at least, at most
@@ -33,11 +33,7 @@ func TestMetricsPage(t *testing.T) {
 		"go_sql_idle_connections":                      {3, 3},
 		"go_sql_wait_count_total":                      {21, 21},
 		"go_sql_wait_duration_seconds_total":           {1.5, 1.5},
-		"go_sql_max_idle_closed_total":                 {22, 22},
-		"go_sql_max_idle_time_closed_total":            {23, 23},
-		"go_sql_max_lifetime_closed_total":             {24, 24},
 		"go_goroutines":                                {2, 1e6},
-		"go_threads":                                   {1, 1e5},
 		"go_memstats_alloc_bytes":                      {1 << 10, most},
 		"go_memstats_alloc_bytes_total":                {1 << 10, 1e15},
 		"go_memstats_next_gc_bytes":                    {1 << 10, 1e15},

@@ -16,6 +16,8 @@ import (
 	"io/fs"
 	"net"
 	"net/netip"
+	"net/url"
+	"path/filepath"
 	"regexp"
 	"runtime"
 	"slices"
@@ -38,7 +40,9 @@ import (
 //     system's certificates unless sslrootcert names others;
 //   - a name that libpq does not know is a setting of the server;
 //   - in a URL an @ outside user and password must be percent-encoded, as must
-//     every #.
+//     every #;
+//   - service stands alone, and PGSERVICE is for an empty string, because in lib/pq
+//     the service file wins over what the string says.
 //
 // OpenDB does not connect. Its errors never contain a password. The pool has up to
 // 10 connections, and closes those that are idle for two minutes, so that a
@@ -50,19 +54,12 @@ import (
 // A connection prepares a query with parameters when it first runs it, if the
 // connection is direct: over TCP, with no pooler, proxy or NAT in between. One
 // plan then serves all values of the parameters, and avoids sorting.
-func OpenDB(url string) (*sql.DB, error) { return openDB(url, prepareAuto) }
+func OpenDB(url string) (*sql.DB, error) { return openDB(url, "auto") }
 
-// prepareMode says which connections prepare. Behind a pooler that lends a server
-// connection for one transaction, a client's prepared statement may be another's.
-type prepareMode int
-
-const (
-	prepareAuto   prepareMode = iota // those that are direct
-	prepareAlways                    // all
-	prepareNever
-)
-
-func openDB(url string, prepare prepareMode) (*sql.DB, error) {
+// openDB opens a pool whose connections prepare: all if prepare is "true", those
+// that are direct if it is "auto". Behind a pooler that lends a server connection
+// for one transaction, a client's prepared statement may be another's.
+func openDB(url, prepare string) (*sql.DB, error) {
 	cfg, err := parseURL(url)
 	if err != nil {
 		return nil, err
@@ -72,6 +69,122 @@ func openDB(url string, prepare prepareMode) (*sql.DB, error) {
 	db.SetMaxIdleConns(10)
 	db.SetConnMaxIdleTime(2 * time.Minute)
 	return db, nil
+}
+
+// parseURL reads a connection string as OpenDB's documentation says. lib/pq alone
+// drops parts of a URL that it does not understand, sslmode among them, and shows
+// parts of passwords in errors.
+func parseURL(connString string) (cfg pq.Config, err error) {
+	set, err := parseSettings(strings.TrimSpace(connString))
+	if err != nil {
+		return cfg, err
+	}
+	if _, named := set["service"]; named && len(set) > 1 {
+		return cfg, errors.New("service must be the only setting, because the service file would win over the others")
+	} else if !named && len(set) > 0 {
+		set["service"] = "" // or PGSERVICE would win (lib/pq#1344)
+	}
+	binding := cmp.Or(set["channel_binding"], "prefer")
+	delete(set, "channel_binding")
+	keywords := ""
+	for name, value := range set {
+		keywords += name + "='" + strings.NewReplacer(`\`, `\\`, `'`, `\'`).Replace(value) + "' "
+	}
+	cfg, err = pq.NewConfig(keywords)
+	switch {
+	case err != nil && (errors.Is(err, pq.ErrCouldNotDetectUsername) || !strings.HasPrefix(err.Error(), "pq: ")):
+		return cfg, fmt.Errorf("no user given, and the current user has no name (%w)", err)
+	case err != nil:
+		return cfg, err
+	case isSocket(cfg.Host) && !allLocal(cfg): // for which lib/pq gives up TLS
+		return cfg, errors.New("a Unix socket must not come before a host that is not of this machine")
+	case binding == "prefer" || binding == "disable":
+	case binding != "require":
+		return cfg, fmt.Errorf("channel_binding is %q; it must be disable, prefer or require", binding)
+	case cfg.SSLMode == pq.SSLModeDisable:
+		return cfg, errors.New("channel_binding=require needs TLS, but sslmode=disable and Unix sockets do without")
+	default:
+		cfg.SSLMode, cfg.SSLRootCert = pq.SSLModeVerifyFull, cmp.Or(cfg.SSLRootCert, "system")
+	}
+	if cfg.Host = cmp.Or(cfg.Host, "localhost"); cfg.SSLMode == "" && allLocal(cfg) {
+		cfg.SSLMode = pq.SSLModeDisable
+	}
+	cfg.SSLMode = cmp.Or(cfg.SSLMode, pq.SSLModeRequire)
+	cfg.BinaryParameters = true // sends a statement with its parameters, so that a pooler cannot separate them
+	return cfg, nil
+}
+
+// Forms of connection strings, and what is pasted along with them.
+var (
+	pastedForm = regexp.MustCompile("^(?:postgres(?:ql)?(\\+\\w+)://|(psql\\b|export\\b|[A-Z_]*(?:URL|URI|DSN)=|[\"'`]))")
+	urlForm    = regexp.MustCompile(`^postgres(?:ql)?://(?:([^:/?#\s]*)(?::([^/?#\s]*))?@)?([^@/?#\s]*)` + // user, password, hosts
+		`(?:/([^@?#\s]*))?(?:\?([\w.]+=[^@#;&\s]*(?:&[\w.]+=[^@#;&\s]*)*)?)?$`) // database, query
+	hostForm   = regexp.MustCompile(`^(?:\[(.*)\]|([^:]*))(?::(\d{0,5}))?$`)
+	pairForm   = regexp.MustCompile(`(?s)^([A-Za-z_][\w.]*)\s*=\s*(?:'((?:[^'\\]|\\.)*)'|((?:[^\s'\\]|\\.)(?:[^\s\\]|\\.)*)?)(?:\s+|$)`)
+	escapeForm = regexp.MustCompile(`(?s)\\(.)`)
+)
+
+// errSyntax does not show what is wrong: any part may belong to the password.
+var errSyntax = errors.New("neither a URL such as postgres://user:password@host:port/database?name=value, with special characters " +
+	"percent-encoded (@ is %40, # %23, / %2F, ? %3F, % %25), nor keywords and values such as host=localhost password='with spaces'")
+
+// parseSettings returns the settings of a connection string by libpq's names.
+func parseSettings(s string) (map[string]string, error) {
+	if m := pastedForm.FindStringSubmatch(s); m != nil {
+		return nil, fmt.Errorf("remove %s from the connection string", m[1]+m[2])
+	}
+	set := map[string]string{}
+	if m := urlForm.FindStringSubmatch(s); m != nil {
+		var hosts, ports []string
+		for host := range strings.SplitSeq(m[3], ",") {
+			h := hostForm.FindStringSubmatch(host)
+			if h == nil {
+				return nil, errSyntax
+			}
+			hosts, ports = append(hosts, h[1]+h[2]), append(ports, h[3])
+		}
+		pairs := []string{"user=" + m[1], "password=" + m[2], "host=" + strings.Join(hosts, ","), "dbname=" + m[4]}
+		if strings.Join(ports, "") != "" {
+			ports[0] = cmp.Or(ports[0], "5432") // lib/pq has this default for the others
+			pairs = append(pairs, "port="+strings.Join(ports, ","))
+		}
+		for _, pair := range append(pairs, strings.Split(m[5], "&")...) {
+			name, value, _ := strings.Cut(pair, "=")
+			value, err := url.PathUnescape(value)
+			if err != nil || strings.Contains(value, "\x00") {
+				return nil, errSyntax
+			}
+			if value != "" {
+				set[name] = value
+			}
+		}
+		return set, nil
+	}
+	for s != "" {
+		m := pairForm.FindStringSubmatch(s)
+		if m == nil {
+			return nil, errSyntax
+		}
+		set[m[1]] = escapeForm.ReplaceAllString(m[2]+m[3], "$1")
+		s = s[len(m[0]):]
+	}
+	return set, nil
+}
+
+// isSocket reports whether a host is a Unix socket.
+func isSocket(host string) bool { return filepath.IsAbs(host) || strings.HasPrefix(host, "@") }
+
+// allLocal reports whether all hosts are Unix sockets or loopback hosts, judged
+// as they are given.
+func allLocal(cfg pq.Config) bool {
+	hosts := append([]pq.ConfigMultihost{{Host: cfg.Host, Hostaddr: cfg.Hostaddr}}, cfg.Multi...)
+	return !slices.ContainsFunc(hosts, func(h pq.ConfigMultihost) bool {
+		if !h.Hostaddr.IsValid() {
+			h.Hostaddr, _ = netip.ParseAddr(h.Host)
+		}
+		named := h.Host == "localhost" || isSocket(h.Host)
+		return !h.Hostaddr.Unmap().IsLoopback() && (h.Hostaddr.IsValid() || !named)
+	})
 }
 
 // sqlState returns the SQLSTATE of an error that the server reported, by any
@@ -127,7 +240,7 @@ func (e *connectError) Unwrap() error { return e.err }
 // connector makes conns.
 type connector struct {
 	cfg     pq.Config
-	prepare prepareMode
+	prepare string
 	moves   atomic.Int64 // how often a connection found its server read-only
 }
 
@@ -143,9 +256,8 @@ func (c *connector) Connect(ctx context.Context) (driver.Conn, error) {
 	cfg.ConnectTimeout = 0 // or lib/pq would remove the socket's deadline too early
 	lib, _ := pq.NewConnectorConfig(cfg)
 	// lib/pq tries the hosts in turn: a silent one leaves time for the others.
-	w := &wire{timeout: timeout / time.Duration(1+len(cfg.Multi))}
-	lib.Dialer(w)
-	moves := c.moves.Load()
+	cn := &conn{connector: c, moves: c.moves.Load(), timeout: timeout / time.Duration(1+len(cfg.Multi))}
+	lib.Dialer(cn)
 	dc, err := lib.Connect(ctx)
 	if errors.Is(err, pq.ErrSSLNotSupported) {
 		err = fmt.Errorf("%w (sslmode=disable connects without TLS)", err)
@@ -153,17 +265,16 @@ func (c *connector) Connect(ctx context.Context) (driver.Conn, error) {
 	if err != nil {
 		return nil, &connectError{err}
 	}
-	w.connected = true
-	cn := &conn{pqConn: dc.(pqConn), connector: c, wire: w, moves: moves}
+	cn.pqConn = dc.(pqConn)
 	err = cn.setUp(ctx)
-	if !w.stop() {
+	if !cn.detach() {
 		err = cmp.Or(err, ctx.Err())
 	}
 	if err != nil {
 		_ = cn.Close()
 		return nil, &connectError{err}
 	}
-	return cn, w.socket.SetDeadline(time.Time{})
+	return cn, cn.socket.SetDeadline(time.Time{})
 }
 
 // Limits of what a server may take its time for.
@@ -178,69 +289,6 @@ const (
 // alive without a check, which would cost a system call.
 const aliveTime = time.Millisecond
 
-// wire dials the network connection of a conn. When a statement's context ends,
-// lib/pq dials once more, to ask the server to cancel the statement. But a silent
-// server does not answer, and PostgreSQL ignores a request that arrives before the
-// statement has begun. So the connection then gets a deadline, and no other
-// statement, which the request could meet.
-type wire struct {
-	net.Dialer
-	timeout   time.Duration // for each host
-	socket    net.Conn
-	connected bool
-	stop      func() bool // makes socket independent of the context of Connect
-	unfit     atomic.Bool // for another statement
-}
-
-func (w *wire) expire() {
-	w.unfit.Store(true)
-	_ = w.socket.SetDeadline(time.Now().Add(cancelGrace))
-}
-
-func (w *wire) DialContext(ctx context.Context, network, address string) (net.Conn, error) {
-	timeout := w.timeout
-	if w.connected {
-		w.expire()
-		timeout = cancelTimeout
-	}
-	deadline := time.Now().Add(timeout)
-	dialCtx, cancel := context.WithDeadline(ctx, deadline)
-	defer cancel()
-	socket, err := w.Dialer.DialContext(dialCtx, network, address)
-	if err != nil {
-		return nil, err
-	}
-	err = socket.SetDeadline(deadline)
-	if !w.connected {
-		w.socket, w.stop = socket, context.AfterFunc(ctx, func() { _ = socket.SetDeadline(time.Now()) })
-	}
-	return socket, err
-}
-
-// DialTimeout is of no use here, but lib/pq's interface has it.
-func (w *wire) DialTimeout(network, address string, timeout time.Duration) (net.Conn, error) {
-	return net.DialTimeout(network, address, timeout)
-}
-
-// closed reports whether the server has closed the connection, or has sent
-// something unasked, such as the reason for closing.
-func (w *wire) closed() bool {
-	quiet := false
-	if raw, err := w.socket.(syscall.Conn).SyscallConn(); err == nil {
-		_ = raw.Read(func(fd uintptr) bool { quiet = wouldBlock(syscall.Read, fd); return true })
-	}
-	return !quiet
-}
-
-// wouldBlock reports whether a file descriptor in non-blocking mode has nothing
-// to read. read is [syscall.Read], whose first parameter has another type on
-// each system.
-func wouldBlock[FD ~int | ~uintptr](read func(FD, []byte) (int, error), fd uintptr) bool {
-	var b [1]byte
-	_, err := read(FD(fd), b[:])
-	return err == syscall.EAGAIN
-}
-
 // pqConn is what lib/pq's connections can do.
 type pqConn interface {
 	driver.Conn
@@ -253,14 +301,63 @@ type pqConn interface {
 	driver.Validator
 }
 
-// conn is a connection of lib/pq.
+// conn is a connection of lib/pq, and dials for it.
 type conn struct {
-	pqConn
+	pqConn    // nil while connecting
+	pq.Dialer // nil: lib/pq asks for its methods, but calls DialContext
 	connector *connector
-	wire      *wire
-	moves     int64                              // the connector's, when this connection was begun
+	moves     int64         // the connector's, when this connection was begun
+	timeout   time.Duration // for each host
+	socket    net.Conn
+	detach    func() bool                        // makes socket independent of the context of Connect
+	unfit     atomic.Bool                        // for another statement
 	used      time.Time                          // when the last statement was answered
 	prepared  map[string]driver.StmtQueryContext // by query; nil: none are
+}
+
+// DialContext dials the server. When a statement's context ends, lib/pq dials once
+// more, to ask the server to cancel the statement. But a silent server does not
+// answer, and PostgreSQL ignores a request that arrives before the statement has
+// begun. So the connection then gets a deadline, and no other statement, which the
+// request could meet.
+func (c *conn) DialContext(ctx context.Context, network, address string) (net.Conn, error) {
+	dialer := net.Dialer{Deadline: time.Now().Add(c.timeout)}
+	if c.pqConn != nil {
+		c.expire()
+		dialer.Deadline = time.Now().Add(cancelTimeout)
+	}
+	socket, err := dialer.DialContext(ctx, network, address)
+	if err != nil {
+		return nil, err
+	}
+	err = socket.SetDeadline(dialer.Deadline)
+	if c.pqConn == nil {
+		c.socket, c.detach = socket, context.AfterFunc(ctx, func() { _ = socket.SetDeadline(time.Now()) })
+	}
+	return socket, err
+}
+
+func (c *conn) expire() {
+	c.unfit.Store(true)
+	_ = c.socket.SetDeadline(time.Now().Add(cancelGrace))
+}
+
+// closed reports whether the server has closed the connection, or has sent
+// something unasked, such as the reason for closing.
+func (c *conn) closed() bool {
+	quiet := false
+	raw, _ := c.socket.(syscall.Conn).SyscallConn() // cannot fail
+	_ = raw.Read(func(fd uintptr) bool { quiet = wouldBlock(syscall.Read, fd); return true })
+	return !quiet
+}
+
+// wouldBlock reports whether a file descriptor in non-blocking mode has nothing
+// to read. read is [syscall.Read], whose first parameter has another type on
+// each system. Windows cannot read a socket like a file.
+func wouldBlock[FD ~int | ~uintptr](read func(FD, []byte) (int, error), fd uintptr) bool {
+	var b [1]byte
+	_, err := read(FD(fd), b[:])
+	return err == syscall.EAGAIN || runtime.GOOS == "windows"
 }
 
 // setUp makes a connection prepare its queries, if that is asked for or safe. Only
@@ -272,12 +369,12 @@ func (c *conn) setUp(ctx context.Context) error {
 	// what an index has in order, or compile it.
 	query := "SELECT set_config(name, value, false) FROM (VALUES " +
 		"('plan_cache_mode', 'force_generic_plan'), ('enable_sort', 'off'), ('jit', 'off')) AS settings (name, value)"
-	local, tcp := c.wire.socket.LocalAddr().(*net.TCPAddr)
+	local, tcp := c.socket.LocalAddr().(*net.TCPAddr)
 	switch {
-	case c.connector.prepare == prepareNever || c.connector.prepare == prepareAuto && !tcp:
+	case c.connector.prepare == "false" || c.connector.prepare == "auto" && !tcp:
 		return nil
-	case c.connector.prepare == prepareAuto: // PostgreSQL has other addresses or ports with a pooler, proxy or NAT in between
-		remote := c.wire.socket.RemoteAddr().(*net.TCPAddr)
+	case c.connector.prepare == "auto": // PostgreSQL has other addresses or ports with a pooler, proxy or NAT in between
+		remote := c.socket.RemoteAddr().(*net.TCPAddr)
 		ip := func(a *net.TCPAddr) netip.Addr { return a.AddrPort().Addr().Unmap().WithZone("") }
 		query += fmt.Sprintf(" WHERE (inet_client_addr(), inet_client_port(), inet_server_addr(), inet_server_port()) = ('%s', %d, '%s', %d)",
 			ip(local), local.Port, ip(remote), remote.Port)
@@ -294,17 +391,14 @@ func (c *conn) setUp(ctx context.Context) error {
 
 // IsValid is called by database/sql when a connection is free again.
 func (c *conn) IsValid() bool {
-	return !c.wire.unfit.Load() && c.moves == c.connector.moves.Load() && c.pqConn.IsValid()
+	return !c.unfit.Load() && c.moves == c.connector.moves.Load() && c.pqConn.IsValid()
 }
 
 // ResetSession is called by database/sql before a pooled connection is used. A
 // connection that died while it was idle is dropped here, before it costs a
 // statement.
-func (c *conn) ResetSession(ctx context.Context) error {
-	if runtime.GOOS == "windows" { // where a socket cannot be read like a file
-		return c.Ping(ctx)
-	}
-	if !c.IsValid() || time.Since(c.used) > aliveTime && c.wire.closed() {
+func (c *conn) ResetSession(context.Context) error {
+	if !c.IsValid() || time.Since(c.used) > aliveTime && c.closed() {
 		return driver.ErrBadConn
 	}
 	return nil
@@ -321,7 +415,7 @@ func (c *conn) QueryContext(ctx context.Context, query string, args []driver.Nam
 }
 
 func (c *conn) BeginTx(ctx context.Context, opts driver.TxOptions) (driver.Tx, error) {
-	defer context.AfterFunc(ctx, c.wire.expire)() // lib/pq only looks at ctx once BEGIN is answered
+	defer context.AfterFunc(ctx, c.expire)() // lib/pq only looks at ctx once BEGIN is answered
 	tx, err := c.pqConn.BeginTx(ctx, opts)
 	return tx, c.judge(err)
 }
@@ -338,7 +432,7 @@ func (c *conn) judge(err error) error {
 		c.connector.moves.CompareAndSwap(c.moves, c.moves+1)
 	case strings.HasPrefix(state, "57P"), strings.HasPrefix(state, "08"):
 		// The server is shutting down, or a pooler has lost it.
-		c.wire.unfit.Store(true)
+		c.unfit.Store(true)
 	case errors.Is(err, driver.ErrBadConn):
 		return errUnknownOutcome
 	}
@@ -364,7 +458,7 @@ func (c *conn) query(ctx context.Context, query string, args []driver.NamedValue
 	}
 	rows, err := stmt.QueryContext(ctx, args)
 	if state := sqlState(err); state == "0A000" || state == "26000" { // the table has changed, the statement is gone
-		c.wire.unfit.Store(true) // for other queries, too
+		c.unfit.Store(true) // for other queries, too
 		return c.pqConn.QueryContext(ctx, query, args)
 	}
 	return rows, err
@@ -377,6 +471,6 @@ func (c *conn) PrepareContext(context.Context, string) (driver.Stmt, error) {
 }
 
 func (c *conn) Close() error {
-	_ = c.wire.socket.SetDeadline(time.Now().Add(closeTimeout))
+	_ = c.socket.SetDeadline(time.Now().Add(closeTimeout))
 	return c.pqConn.Close()
 }

@@ -123,14 +123,14 @@ func TestParseURLAsLibpq(t *testing.T) {
 		"postgres://alice%40corp:%2F%3f%23%25%3A%20%27%5C@localhost/a%2Fb": `user=alice@corp password='/?#%: \'\\' host=localhost dbname=a/b`,
 		"postgres://alice@localhost?options=endpoint=x":                    "user=alice host=localhost options=endpoint=x",
 		services:                "host=prod.example.com hostaddr=192.0.2.1 port=6543 user=bob password=s3cret sslmode=disable",
-		services + "user=alice": "user=alice host=prod.example.com hostaddr=192.0.2.1 port=6543 password=s3cret sslmode=disable",
+		services + "user=alice": "user=alice host=localhost",
 		services + "postgres://alice:s@db.example.com:5433/a?sslmode=require": "user=alice password=s host=db.example.com port=5433 dbname=a sslmode=require",
-		services + "postgres://localhost?service=last":                        "user=last host=localhost",
+		services + "service=last": "user=last host=localhost",
 	} {
 		t.Run(given, func(t *testing.T) {
 			want, err := parseURL(environment(t, same))
 			got, gotErr := parseURL(environment(t, given))
-			got.ServiceFile = ""
+			got.Service, got.ServiceFile = "", ""
 			if got, want := describe(got), describe(want); err != nil || gotErr != nil || got != want {
 				t.Errorf("got  %s, %v\nwant %s, %v", got, gotErr, want, err)
 			}
@@ -163,7 +163,8 @@ func TestParseURLErrors(t *testing.T) {
 		"hostaddr":                  {"password=s3cret hostaddr=localhost"},
 		"PGSSLMODE":                 {"PGSSLMODE=no password=s3cret"},
 		"PGCHANNELBINDING":          {"PGCHANNELBINDING=require password=s3cret"},
-		`service "prod" not found`:  {"PGSERVICE=prod password=s3cret"},
+		`service "prod" not found`:  {"PGSERVICEFILE=/dev/null service=prod"},
+		"service must be the only":  {"service=prod password=s3cret", "postgres://alice:s3cret@localhost/a?service=prod"},
 		"socket":                    {"host=/run/postgresql,db.example.com password=s3cret sslmode=verify-full", "host=@a,db.example.com password=s3cret"},
 		"channel_binding": {"password=s3cret channel_binding=yes", "host=db.example.com password=s3cret channel_binding=require sslmode=disable",
 			"host=/run/postgresql password=s3cret channel_binding=require"},
@@ -387,29 +388,29 @@ func TestPrepareAuto(t *testing.T) {
 	}
 	type test struct {
 		name, url string
-		mode      prepareMode
+		mode      string
 		prepared  bool
 	}
 	tests := []test{
-		{"127.0.0.1", at("127.0.0.1", addr.Port), prepareAuto, true},
-		{"localhost", at("localhost", addr.Port), prepareAuto, true},
-		{"mapped IPv4", at("::ffff:127.0.0.1", addr.Port), prepareAuto, true},
-		{"second host", at("127.0.0.1,localhost", gone, addr.Port), prepareAuto, true},
-		{"never", at("127.0.0.1", addr.Port), prepareNever, false},
-		{"socket", server.URL, prepareAuto, false},
-		{"socket, always", server.URL, prepareAlways, true},
-		{"proxy", newProxy(t, server.URL).url, prepareAuto, false},
+		{"127.0.0.1", at("127.0.0.1", addr.Port), "auto", true},
+		{"localhost", at("localhost", addr.Port), "auto", true},
+		{"mapped IPv4", at("::ffff:127.0.0.1", addr.Port), "auto", true},
+		{"second host", at("127.0.0.1,localhost", gone, addr.Port), "auto", true},
+		{"never", at("127.0.0.1", addr.Port), "false", false},
+		{"socket", server.URL, "auto", false},
+		{"socket, always", server.URL, "true", true},
+		{"proxy", newProxy(t, server.URL).url, "auto", false},
 	}
 	for _, url := range []string{at("127.0.0.1", addr.Port), server.URL} {
 		dir, pooler := newPooler(t, "* = "+serverOf(url), "any")
 		tests = append(tests,
-			test{"PgBouncer on TCP to " + url, at("127.0.0.1", pooler.Port), prepareAuto, false},
-			test{"PgBouncer on a socket to " + url, at(dir, pooler.Port), prepareAuto, false},
-			test{"second host is PgBouncer to " + url, at("127.0.0.1,127.0.0.1", gone, pooler.Port), prepareAuto, false})
+			test{"PgBouncer on TCP to " + url, at("127.0.0.1", pooler.Port), "auto", false},
+			test{"PgBouncer on a socket to " + url, at(dir, pooler.Port), "auto", false},
+			test{"second host is PgBouncer to " + url, at("127.0.0.1,127.0.0.1", gone, pooler.Port), "auto", false})
 	}
 	if listener, err := net.Listen("tcp", "[::1]:0"); err == nil { // where there is IPv6
 		listener.Close()
-		tests = append(tests, test{"::1", at("::1", addr.Port), prepareAuto, true})
+		tests = append(tests, test{"::1", at("::1", addr.Port), "auto", true})
 	}
 	for _, test := range tests {
 		db, err := openDB(test.url, test.mode)
@@ -437,7 +438,7 @@ func TestPrepareAuto(t *testing.T) {
 func TestPreparedAgain(t *testing.T) {
 	t.Parallel()
 	dbURL := newDatabase(t)
-	db, err := openDB(dbURL, prepareAlways)
+	db, err := openDB(dbURL, "true")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -480,7 +481,7 @@ func TestPreparedAgain(t *testing.T) {
 // it goes.
 func TestLostReply(t *testing.T) {
 	t.Parallel()
-	inBothModes(t, func(t *testing.T, mode prepareMode) {
+	inBothModes(t, func(t *testing.T, mode string) {
 		dbURL := newDatabase(t)
 		execSQL(t, dbURL, "CREATE TABLE a (n int); CREATE FUNCTION f() RETURNS int LANGUAGE sql AS 'INSERT INTO a DEFAULT VALUES RETURNING 1'")
 		p := newProxy(t, dbURL)
@@ -556,13 +557,13 @@ func TestSilentServer(t *testing.T) {
 		for _, f := range []fault{stall, stallEnd} {
 			t.Run(fmt.Sprint(name, ",", f), func(t *testing.T) {
 				t.Parallel()
-				inBothModes(t, func(t *testing.T, mode prepareMode) { testSilentServer(t, dbURL, mode, name, f, call) })
+				inBothModes(t, func(t *testing.T, mode string) { testSilentServer(t, dbURL, mode, name, f, call) })
 			})
 		}
 	}
 }
 
-func testSilentServer(t *testing.T, dbURL string, mode prepareMode, name string, f fault, call func(context.Context, *sql.DB, *sql.Tx) error) {
+func testSilentServer(t *testing.T, dbURL string, mode string, name string, f fault, call func(context.Context, *sql.DB, *sql.Tx) error) {
 	p := newProxy(t, dbURL)
 	url, connected := p.url, name != "Connect" && name != "connect_timeout"
 	if name == "connect_timeout" {

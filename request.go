@@ -6,7 +6,6 @@ package main
 import (
 	"cmp"
 	"context"
-	"crypto/rand"
 	"errors"
 	"fmt"
 	"io"
@@ -81,10 +80,8 @@ func (h *Handler) api(do operation, params, accepts []string) endpoint {
 			return nil, err
 		}
 		res, err := do(req)
-		if errors.Is(err, ErrPrecondition) {
-			if match := req.target().Match; match != nil && len(match) == 0 {
-				err = refuse(http.StatusPreconditionFailed, `If-Match has no tag that can match. Send "<version>", with the version that you have read.`)
-			}
+		if match := req.target().Match; match != nil && len(match) == 0 && errors.Is(err, ErrPrecondition) {
+			err = refuse(http.StatusPreconditionFailed, `If-Match has no tag that can match. Send "<version>", with the version that you have read.`)
 		}
 		return res, err
 	}
@@ -179,6 +176,7 @@ func (r *request) readQuery(params []string, user *string) error {
 
 // set sets the field of a query parameter, or returns what is wrong with its value.
 func (f *Filter) set(name, value string) (violation string) {
+	ok, rule := true, ""
 	switch name {
 	case "user_id":
 		f.Owner = &value
@@ -187,27 +185,22 @@ func (f *Filter) set(name, value string) (violation string) {
 		}
 	case "completed":
 		f.Completed = new(value == "true")
-		if value != "true" && value != "false" {
-			return "must be true or false"
-		}
+		ok, rule = value == "true" || value == "false", "must be true or false"
 	case "sort":
 		f.Descending = value == "-created_at"
-		if !f.Descending && value != "created_at" {
-			return "must be created_at or -created_at"
-		}
+		ok, rule = f.Descending || value == "created_at", "must be created_at or -created_at"
 	case "limit":
 		n, err := strconv.ParseUint(value, 10, 16)
 		f.Limit = int(n)
-		if err != nil || n < 1 || n > maxLimit {
-			return fmt.Sprintf("must be from 1 to %d", maxLimit)
-		}
+		ok, rule = err == nil && 1 <= n && n <= maxLimit, fmt.Sprintf("must be from 1 to %d", maxLimit)
 	case "after":
-		var ok bool
-		if f.After, ok = parseID(value); !ok {
-			return "must be an id"
-		}
+		f.After, ok = parseID(value)
+		rule = "must be an id"
 	}
-	return ""
+	if ok {
+		return ""
+	}
+	return rule
 }
 
 // readID reads the id of a path such as /api/tasks/{id}/complete. It does not use
@@ -253,11 +246,10 @@ func (r *request) checkDraft(owner **string, err error) (key string, _ error) {
 		invalid = append(invalid, Violation{Pointer: "#/user_id", Detail: "differs from the user_id of the query"})
 	}
 	*owner = cmp.Or(r.Owner, *owner)
-	const name = "Idempotency-Key"
-	if keys := r.Header.Values(name); len(keys) == 1 && isVisible(keys[0], maxKey) {
+	if keys := r.Header.Values("Idempotency-Key"); len(keys) == 1 && isVisible(keys[0], maxKey) {
 		key = keys[0]
 	} else if keys != nil {
-		invalid = append(invalid, Violation{Header: name, Detail: fmt.Sprintf("must be one value of 1 to %d visible ASCII characters", maxKey)})
+		invalid = append(invalid, Violation{Header: "Idempotency-Key", Detail: fmt.Sprintf("must be one value of 1 to %d visible ASCII characters", maxKey)})
 	}
 	if len(invalid) > 0 {
 		return "", invalid
@@ -276,28 +268,24 @@ func (r *request) target() Target {
 	t := Target{ID: r.id, Owner: r.Owner}
 	if fields := r.Header.Values("If-Match"); fields != nil {
 		if tags, star := parseTags(fields); !star {
-			t.Match = versions(tags)
+			t.Match = append([]int64{}, versions(tags)...) // not nil
 		}
 	}
-	if fields := r.Header.Values("If-None-Match"); fields != nil {
-		tags, star := parseTags(fields)
-		for i := range tags {
-			tags[i] = strings.TrimPrefix(tags[i], "W/") // the comparison is weak
-		}
-		t.NoneMatch, t.NoneMatchAny = versions(tags), star
+	tags, star := parseTags(r.Header.Values("If-None-Match"))
+	for i := range tags {
+		tags[i] = strings.TrimPrefix(tags[i], "W/") // the comparison is weak
 	}
+	t.NoneMatch, t.NoneMatchAny = versions(tags), star
 	return t
 }
 
 // etag returns the entity tag of a version, a strong one.
 func etag(version int64) string { return `"` + strconv.FormatInt(version, 10) + `"` }
 
-// versions returns the versions whose entity tags are among tags; not nil.
-func versions(tags []string) []int64 {
-	versions := []int64{}
+// versions returns the versions whose entity tags are among tags.
+func versions(tags []string) (versions []int64) {
 	for _, tag := range tags {
-		n, err := strconv.ParseInt(strings.Trim(tag, `"`), 10, 64)
-		if err == nil && etag(n) == tag {
+		if n, err := strconv.ParseInt(strings.Trim(tag, `"`), 10, 64); err == nil && etag(n) == tag {
 			versions = append(versions, n)
 		}
 	}
@@ -328,11 +316,8 @@ func (h *Handler) hostServed(host string) bool {
 	if host == "" || len(h.opts.Hosts) == 0 || slices.Contains(h.opts.Hosts, "*") {
 		return true
 	}
-	if name, _, err := net.SplitHostPort(host); err == nil {
-		host = name
-	}
-	host = canonicalHost(host)
-	_, err := netip.ParseAddr(strings.Trim(host, "[]"))
+	host = canonicalHost((&url.URL{Host: host}).Hostname())
+	_, err := netip.ParseAddr(host)
 	return err == nil || host == "localhost" || strings.HasSuffix(host, ".localhost") ||
 		slices.ContainsFunc(h.opts.Hosts, func(served string) bool { return canonicalHost(served) == host })
 }
@@ -343,12 +328,4 @@ func canonicalHost(name string) string { return strings.TrimSuffix(strings.ToLow
 func (h *Handler) originNamed(r *http.Request) bool {
 	origin := r.Header.Get("Origin")
 	return origin != "" && (slices.Contains(h.opts.CORSOrigins, origin) || slices.Contains(h.opts.CORSOrigins, "*"))
-}
-
-// requestID returns the request's own id if it has a good one, else a new one.
-func requestID(r *http.Request) string {
-	if ids := r.Header.Values("X-Request-Id"); len(ids) == 1 && isVisible(ids[0], maxRequestID) {
-		return ids[0]
-	}
-	return rand.Text()
 }

@@ -7,6 +7,7 @@ import (
 	"bytes"
 	"cmp"
 	"context"
+	"crypto/rand"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -21,9 +22,7 @@ import (
 )
 
 const (
-	statusClientClosed = 499    // nginx's
-	corsMaxAge         = "7200" // seconds; browsers allow no more
-	retryAfter         = "1"    // seconds
+	statusClientClosed = 499 // nginx's
 	noRoute            = "unmatched"
 )
 
@@ -33,7 +32,10 @@ func (rt *route) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	start := time.Now()
 	rt.h.metrics.inFlight.Add(1)
 	defer rt.h.metrics.inFlight.Add(-1)
-	id := requestID(r)
+	id := rand.Text()
+	if ids := r.Header.Values("X-Request-Id"); len(ids) == 1 && isVisible(ids[0], maxRequestID) {
+		id = ids[0]
+	}
 	res, err := rt.respond(w, r)
 	if err != nil {
 		p := problemOf(err)
@@ -48,7 +50,12 @@ func (rt *route) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	if r.ContentLength != 0 && r.Body != http.NoBody {
 		closeUnread(w)
 	}
-	res.write(w)
+	maps.Copy(w.Header(), res.header)
+	if res.body != nil {
+		w.Header().Set("Content-Length", strconv.Itoa(len(res.body)))
+	}
+	w.WriteHeader(res.status)
+	_, _ = w.Write(res.body) // it is no error if the client does not read it
 	size := len(res.body)
 	if r.Method == http.MethodHead {
 		size = 0 // net/http sends none
@@ -99,22 +106,21 @@ func (h *Handler) setCORS(header http.Header, r *http.Request) {
 
 // log writes the line of a request, with the cause of a 5xx.
 func (h *Handler) log(r *http.Request, path string, status int, elapsed time.Duration, size int, id string, err error) {
-	attrs := []slog.Attr{
+	level, cause := slog.LevelInfo, slog.Attr{} // which is left out
+	if status >= 500 {
+		level, cause = slog.LevelError, slog.String("error", err.Error())
+		if _, refused := errors.AsType[*problem](err); refused { // busy, stopping, or unable to verify the user
+			level = slog.LevelWarn
+		}
+	}
+	h.opts.Logger.LogAttrs(r.Context(), level, "request",
 		slog.String("method", r.Method),
 		slog.String("route", path),
 		slog.Int("status", status),
 		slog.Float64("duration_ms", float64(elapsed.Microseconds())/1000),
 		slog.Int("bytes", size),
 		slog.String("request_id", id),
-	}
-	level := slog.LevelInfo
-	if status >= 500 {
-		attrs, level = append(attrs, slog.String("error", err.Error())), slog.LevelError
-		if _, refused := errors.AsType[*problem](err); refused { // busy, stopping, or unable to verify the user
-			level = slog.LevelWarn
-		}
-	}
-	h.opts.Logger.LogAttrs(r.Context(), level, "request", attrs...)
+		cause)
 }
 
 // problem is an error as clients see it: a problem document (RFC 9457).
@@ -188,7 +194,7 @@ func (p *problem) response(requestID string) *response {
 	res.status = p.Status
 	maps.Copy(res.header, p.header)
 	if p.Status == http.StatusServiceUnavailable {
-		res.header.Set("Retry-After", retryAfter)
+		res.header.Set("Retry-After", "1") // second
 	}
 	return res
 }
@@ -203,25 +209,6 @@ type response struct {
 // newResponse returns a 200.
 func newResponse(mediaType, cacheControl string, body []byte) *response {
 	return &response{http.StatusOK, http.Header{"Content-Type": {mediaType}, "Cache-Control": {cacheControl}}, body}
-}
-
-// write writes the response. It is no error if the client does not read it.
-func (res *response) write(w http.ResponseWriter) {
-	maps.Copy(w.Header(), res.header)
-	if res.body != nil {
-		w.Header().Set("Content-Length", strconv.Itoa(len(res.body)))
-	}
-	w.WriteHeader(res.status)
-	_, _ = w.Write(res.body)
-}
-
-// preflight answers a preflight of CORS.
-func preflight(methods string, asked http.Header) *response {
-	return &response{status: http.StatusNoContent, header: http.Header{
-		"Access-Control-Allow-Methods": {methods},
-		"Access-Control-Allow-Headers": asked.Values("Access-Control-Request-Headers"),
-		"Access-Control-Max-Age":       {corsMaxAge},
-	}}
 }
 
 // changed returns the response with a row, and err.
@@ -248,10 +235,7 @@ func created[T resource](r *request, row T, replayed bool, err error) (*response
 func fetched[T resource](r *request, row T, err error) (*response, error) {
 	res, err := changed(row, err)
 	_, _, version := row.identity()
-	switch target := r.target(); {
-	case err == nil && !target.matches(version):
-		err = ErrPrecondition
-	case target.excludes(version):
+	if r.target().excludes(version) {
 		res.status, res.body = http.StatusNotModified, nil
 		res.header.Del("Content-Type")
 	}
@@ -262,13 +246,10 @@ func fetched[T resource](r *request, row T, err error) (*response, error) {
 // more rows follow, and err.
 func listed[T resource](r *request, rows []T, more bool, err error) (*response, error) {
 	body := append(make([]byte, 0, 2+320*len(rows)), '[')
-	for i, row := range rows {
-		if i > 0 {
-			body = append(body, ',')
-		}
-		body = row.appendJSON(body)
+	for _, row := range rows {
+		body = append(row.appendJSON(body), ',')
 	}
-	res := newResponse(mediaTypeJSON, "no-cache", append(body, "]\n"...))
+	res := newResponse(mediaTypeJSON, "no-cache", append(bytes.TrimSuffix(body, []byte(",")), "]\n"...))
 	if more {
 		last, _, _ := rows[len(rows)-1].identity()
 		r.query.Set("after", last)

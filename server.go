@@ -28,7 +28,7 @@ type Server struct {
 	api         *Handler
 	mu          sync.RWMutex    // while it is locked for writing, new requests wait
 	closing     atomic.Bool     // each response is the last on its connection
-	inFlight    *sync.WaitGroup // requests that began since the last call of drained
+	inFlight    *sync.WaitGroup // requests that began since the last call of Shutdown
 	listeners   []net.Listener
 	serving     atomic.Int32 // calls of Serve that have not returned
 	unusedConns sync.Map     // as keys
@@ -104,9 +104,16 @@ func (s *Server) addListener(l net.Listener) context.Context {
 // the next request is under way, and answers none that it reads afterwards.
 func (s *Server) Shutdown(ctx context.Context) error {
 	s.api.Drain()
+	s.mu.Lock()
+	inFlight := s.inFlight
+	s.inFlight = new(sync.WaitGroup)
+	s.closing.Store(true)
+	s.mu.Unlock()
+	drained := make(chan struct{})
+	go func() { inFlight.Wait(); close(drained) }()
 	select {
 	case <-ctx.Done():
-	case <-s.drained():
+	case <-drained:
 		s.closeListeners()
 	}
 	for c := range s.unusedConns.Range { // net/http would wait 5 s for them
@@ -117,22 +124,6 @@ func (s *Server) Shutdown(ctx context.Context) error {
 		_ = s.Close()
 	}
 	return err
-}
-
-// drained returns a channel that is closed when the requests in flight have been
-// answered. The response to each later request closes its connection.
-func (s *Server) drained() <-chan struct{} {
-	s.mu.Lock()
-	inFlight := s.inFlight
-	s.inFlight = new(sync.WaitGroup)
-	s.closing.Store(true)
-	s.mu.Unlock()
-	done := make(chan struct{})
-	go func() {
-		inFlight.Wait()
-		close(done)
-	}()
-	return done
 }
 
 // closeListeners closes the listeners while new requests wait. Closing resets
@@ -148,13 +139,11 @@ func (s *Server) closeListeners() {
 	}
 	s.mu.Unlock()
 	// A second for the first requests on connections that have just been accepted.
-	for i := 0; i < 100 && (s.serving.Load() > 0 || s.hasUnused()); i++ {
+	for waiting, i := true, 0; waiting && i < 100; i++ {
 		time.Sleep(tick)
+		waiting = s.serving.Load() > 0
+		for range s.unusedConns.Range {
+			waiting = true
+		}
 	}
-}
-
-// hasUnused reports whether there is a connection on which no request has arrived.
-func (s *Server) hasUnused() (found bool) {
-	s.unusedConns.Range(func(any, any) bool { found = true; return false })
-	return found
 }

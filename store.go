@@ -15,6 +15,7 @@ import (
 	"errors"
 	"fmt"
 	"math"
+	"slices"
 	"strconv"
 	"strings"
 	"sync/atomic"
@@ -51,13 +52,10 @@ func (s *Store) Migrate(ctx context.Context) error {
 	if err == nil {
 		_, err = s.qualify(ctx, "") // finds the schema, so that no request has to
 	}
-	if err != nil && (ctx.Err() != nil || transient(err)) {
-		err = fmt.Errorf("%w: %w", ErrUnavailable, err)
+	if err == nil || ctx.Err() == nil && !transient(err) {
+		return err
 	}
-	if err != nil {
-		return fmt.Errorf("apply the schema: %w", err)
-	}
-	return nil
+	return fmt.Errorf("%w: %w", ErrUnavailable, err)
 }
 
 // Ping checks that the database responds. Its errors are [ErrUnavailable].
@@ -85,7 +83,8 @@ func (s *Store) List(ctx context.Context, f Filter) ([]Task, bool, error) {
 	return s.tasks.list(ctx, f)
 }
 
-// Get returns a task, whatever its version.
+// Get returns a task. It leaves NoneMatch to the caller, who has no use for
+// the task then.
 func (s *Store) Get(ctx context.Context, t Target) (Task, error) { return s.tasks.get(ctx, t) }
 
 // Patch changes the members that the patch has. An empty patch changes nothing.
@@ -198,8 +197,8 @@ type table[T resource] struct {
 	inserts   string         // INSERT of a JSON array of rows, which are arrays, with a key and its digest
 	onRepeat  string         // what happens when the key exists
 	returning string
-	fetches   *batcher[string, *T] // nil results: there is no such row
-	creations *batcher[T, *T]      // nil results: the row was not stored
+	fetches   *batcher[string, []T] // a result has one row, or none
+	creations *batcher[T, []T]
 }
 
 // newTable describes a table. columns are the columns of T with their types.
@@ -228,8 +227,8 @@ func newTable[T resource](d *database, name, columns string, fields func(*T) []a
 // create inserts a row. With a key, content is what a repeat must agree with.
 func (t *table[T]) create(ctx context.Context, row T, key string, content any) (made T, replayed bool, err error) {
 	if key == "" {
-		found, err := t.creations.do(ctx, row)
-		made, err := valueOr(found, translate(ctx, err), errNotStored)
+		rows, err := t.creations.do(ctx, row)
+		made, err = one(rows, translate(ctx, err), errNotStored)
 		return made, false, err
 	}
 	text, _ := json.Marshal(content) // cannot fail: texts, numbers and booleans
@@ -240,20 +239,25 @@ func (t *table[T]) create(ctx context.Context, row T, key string, content any) (
 		if rows, err = t.rows(ctx, t.selects+" WHERE coalesce(user_id, '') = coalesce($1, '') AND idempotency_key = $2", owner, key); len(rows) > 0 {
 			err = ErrKeyReused
 		}
-		err = cmp.Or(err, errNotStored)
 	}
-	if err != nil {
-		return made, false, err
+	made, err = one(rows, err, errNotStored)
+	id, _, _ := made.identity()
+	return made, id != own, err
+}
+
+// one returns the only row, or err, or absent if there is none.
+func one[T any](rows []T, err, absent error) (row T, _ error) {
+	if err != nil || len(rows) == 0 {
+		return row, cmp.Or(err, absent)
 	}
-	id, _, _ := rows[0].identity()
-	return rows[0], id != own, nil
+	return rows[0], nil
 }
 
 // errNotStored is the error of a row that the database has dropped.
 var errNotStored = errors.New("a trigger or a policy of the database kept the row from being stored")
 
 // createAll inserts rows, and returns them as they are stored.
-func (t *table[T]) createAll(ctx context.Context, rows []T) ([]*T, error) {
+func (t *table[T]) createAll(ctx context.Context, rows []T) ([][]T, error) {
 	made, err := t.rows(ctx, t.inserts+t.returning, t.records(rows), nil, nil)
 	ids := make([]string, len(rows))
 	for i, row := range rows {
@@ -306,40 +310,44 @@ func (t *table[T]) list(ctx context.Context, f Filter) (rows []T, more bool, err
 	return rows[:min(len(rows), f.Limit)], len(rows) > f.Limit, err
 }
 
-// get returns a row, whatever its version.
+// get returns a row, whatever the target's NoneMatch says.
 func (t *table[T]) get(ctx context.Context, target Target) (row T, err error) {
-	found, err := t.fetches.do(ctx, target.ID)
-	row, err = valueOr(found, translate(ctx, err), ErrNotFound)
-	if _, owner, _ := row.identity(); err == nil && target.Owner != nil && (owner == nil || *owner != *target.Owner) {
-		return row, ErrNotFound
+	rows, err := t.fetches.do(ctx, target.ID)
+	row, err = one(rows, translate(ctx, err), ErrNotFound)
+	switch _, owner, version := row.identity(); {
+	case err != nil:
+	case target.Owner != nil && (owner == nil || *owner != *target.Owner):
+		err = ErrNotFound
+	case target.Match != nil && !slices.Contains(target.Match, version):
+		err = ErrPrecondition
 	}
 	return row, err
 }
 
 // fetchAll returns the rows with the given ids.
-func (t *table[T]) fetchAll(ctx context.Context, ids []string) ([]*T, error) {
+func (t *table[T]) fetchAll(ctx context.Context, ids []string) ([][]T, error) {
 	rows, err := t.rows(ctx, t.selects+" WHERE id = ANY ($1)", ids)
 	return byID(rows, ids), err
 }
 
-// byID returns pointers to the rows with the given ids, in their order.
-func byID[T resource](rows []T, ids []string) []*T {
-	found := make(map[string]*T, len(rows))
+// byID returns for each id the row that has it, or none.
+func byID[T resource](rows []T, ids []string) [][]T {
+	all := make([][]T, len(ids))
 	for i := range rows {
 		id, _, _ := rows[i].identity()
-		found[id] = &rows[i]
-	}
-	all := make([]*T, len(ids))
-	for i, id := range ids {
-		all[i] = found[id]
+		for j := range ids {
+			if ids[j] == id {
+				all[j] = rows[i : i+1]
+			}
+		}
 	}
 	return all
 }
 
-// check returns a row if it has one of the target's versions.
+// check returns a row if it meets all conditions of the target.
 func (t *table[T]) check(ctx context.Context, target Target) (T, error) {
 	row, err := t.get(ctx, target)
-	if _, _, version := row.identity(); err == nil && (!target.matches(version) || target.excludes(version)) {
+	if _, _, version := row.identity(); err == nil && target.excludes(version) {
 		return row, ErrPrecondition
 	}
 	return row, err
@@ -348,11 +356,8 @@ func (t *table[T]) check(ctx context.Context, target Target) (T, error) {
 // change runs an UPDATE or a DELETE on a target and returns its row.
 func (t *table[T]) change(ctx context.Context, target Target, q *statement, text string) (row T, err error) {
 	rows, err := t.rows(ctx, text+q.where(target)+t.returning, q.args...)
-	if err != nil {
-		return row, err
-	}
-	if len(rows) > 0 {
-		return rows[0], nil
+	if err != nil || len(rows) > 0 {
+		return one(rows, err, nil)
 	}
 	if _, err := t.get(ctx, target); err != nil {
 		return row, err
@@ -402,14 +407,6 @@ func (t *table[T]) rows(ctx context.Context, text string, args ...any) (all []T,
 	// The rows may arrive before the end of the transaction, and database/sql
 	// does not report the fate of a statement whose context ends in between.
 	return all, cmp.Or(rows.Err(), ctx.Err())
-}
-
-// valueOr returns what p points to, or err, or absent if p is nil without err.
-func valueOr[T any](p *T, err, absent error) (value T, _ error) {
-	if p == nil || err != nil {
-		return value, cmp.Or(err, absent)
-	}
-	return *p, nil
 }
 
 // translate makes an error of the driver one of the package's.

@@ -170,7 +170,7 @@ func TestMigrateRefuses(t *testing.T) {
 		var before, after string
 		beforeErr := db.QueryRow(objects, here).Scan(&before)
 		_, err := applySchema(t, strings.Replace(url, "user=postgres", "user="+role, 1))
-		if want := fill.Replace(tt.want); err == nil || transient(err) || !strings.HasPrefix(err.Error(), "apply the schema: ") || !strings.Contains(err.Error(), want) {
+		if want := fill.Replace(tt.want); err == nil || transient(err) || !strings.Contains(err.Error(), want) {
 			t.Errorf("%s: got %v\nwant %s", tt.name, err, want)
 		}
 		if err := cmp.Or(db.QueryRow(objects, here).Scan(&after), beforeErr); err != nil || after != before {
@@ -381,7 +381,7 @@ func TestTimesOfCreation(t *testing.T) {
 // With prepared statements no page is planned for its own values.
 func TestPlansAreKept(t *testing.T) {
 	t.Parallel()
-	a := newAPIWithPool(t, newDatabase(t), 1, prepareAlways, Options{})
+	a := newAPIWithPool(t, newDatabase(t), 1, "true", Options{})
 	for range 10 {
 		a.want(200, a.do("GET", "/api/tasks?user_id=alice&limit=10", ""))
 	}
@@ -428,17 +428,17 @@ func TestBadRow(t *testing.T) {
 
 func TestIndexes(t *testing.T) {
 	t.Parallel()
-	for _, prepare := range []prepareMode{prepareNever, prepareAlways} {
-		t.Run(fmt.Sprintf("prepare=%v", prepare == prepareAlways), func(t *testing.T) {
+	for _, prepare := range []string{"false", "true"} {
+		t.Run(fmt.Sprintf("prepare=%v", prepare == "true"), func(t *testing.T) {
 			t.Parallel()
 			testIndexes(t, prepare)
 		})
 	}
 }
 
-func testIndexes(t *testing.T, prepare prepareMode) {
+func testIndexes(t *testing.T, prepare string) {
 	dbURL := newDatabase(t)
-	if prepare == prepareAlways {
+	if prepare == "true" {
 		// A plan for any values depends on these, and must be the same.
 		execSQL(t, dbURL, `DO $$ BEGIN
 			EXECUTE format('ALTER DATABASE %I SET effective_cache_size = 100', current_database());

@@ -7,12 +7,12 @@ import (
 	"cmp"
 	"crypto/rand"
 	"encoding/binary"
-	"encoding/hex"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"maps"
 	"net/url"
+	"regexp"
 	"slices"
 	"strconv"
 	"strings"
@@ -105,11 +105,7 @@ type Target struct {
 	NoneMatchAny bool    // and no version at all: the row must not exist
 }
 
-// matches and excludes evaluate the two conditions for a version.
-func (t Target) matches(version int64) bool {
-	return t.Match == nil || slices.Contains(t.Match, version)
-}
-
+// excludes reports whether the row must not have this version.
 func (t Target) excludes(version int64) bool {
 	return t.NoneMatchAny || slices.Contains(t.NoneMatch, version)
 }
@@ -171,14 +167,14 @@ func (d *decoder) task(title presence) TaskPatch {
 	return TaskPatch{
 		Title:       d.text("title", title, titleViolations).Value,
 		Description: d.text("description", nullable, descriptionViolations),
-		Completed:   d.boolean("completed", optional),
+		Completed:   take[bool](d, "completed", optional, "must be true or false").Value,
 	}
 }
 
 // decodeCompletion decodes the body of a PATCH of the completion.
 func decodeCompletion(body []byte) (TaskPatch, error) {
 	d := newDecoder(body)
-	p := TaskPatch{Completed: d.boolean("completed", required)}
+	p := TaskPatch{Completed: take[bool](d, "completed", required, "must be true or false").Value}
 	for i := range d.violations {
 		d.violations[i].Detail += "; or send no body"
 	}
@@ -187,33 +183,27 @@ func decodeCompletion(body []byte) (TaskPatch, error) {
 
 // titleViolations says what is wrong with a title.
 func titleViolations(s string) []string {
-	violations := textViolations(s, maxTitle)
-	if strings.TrimSpace(s) == "" {
-		violations = append(violations, "must not be blank")
-	}
-	return violations
+	return textViolations(s, maxTitle, strings.TrimSpace(s) == "", "must not be blank")
 }
 
 // descriptionViolations says what is wrong with a description.
-func descriptionViolations(s string) []string {
-	return textViolations(s, maxDescription)
-}
+func descriptionViolations(s string) []string { return textViolations(s, maxDescription, false, "") }
 
 // userIDViolations says what is wrong with a user id, wherever it comes from.
 func userIDViolations(s string) []string {
-	violations := textViolations(s, maxUserID)
-	if s == "" {
-		violations = append(violations, "must not be empty")
-	}
-	return violations
+	return textViolations(s, maxUserID, s == "", "must not be empty")
 }
 
-func textViolations(s string, limit int) (violations []string) {
+// textViolations says what is wrong with a text. detail is what to say if it is empty.
+func textViolations(s string, limit int, empty bool, detail string) (violations []string) {
 	if utf8.RuneCountInString(s) > limit {
 		violations = append(violations, fmt.Sprintf("must have at most %d characters", limit))
 	}
 	if strings.ContainsRune(s, 0) {
 		violations = append(violations, "must not contain U+0000")
+	}
+	if empty {
+		violations = append(violations, detail)
 	}
 	return violations
 }
@@ -260,11 +250,6 @@ func (d *decoder) text(name string, p presence, violations func(string) []string
 	return s
 }
 
-// boolean takes true or false.
-func (d *decoder) boolean(name string, p presence) *bool {
-	return take[bool](d, name, p, "must be true or false").Value
-}
-
 // take takes a member. wrongType is the detail for a value of another type. A
 // member that breaks a rule counts as absent.
 func take[T any](d *decoder, name string, p presence, wrongType string) Optional[T] {
@@ -304,17 +289,12 @@ func (d *decoder) end() error {
 	return d.err
 }
 
-// parseID returns the canonical form of a UUID in the textual form of RFC 9562
-// §4, and reports whether s is one.
+// idForm is the textual form of a UUID (RFC 9562 §4).
+var idForm = regexp.MustCompile(`^[0-9a-fA-F]{8}(?:-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}$`)
+
+// parseID returns the canonical form of a UUID, and reports whether s is one.
 func parseID(s string) (id string, ok bool) {
-	if len(s) != 36 || s[8] != '-' || s[13] != '-' || s[18] != '-' || s[23] != '-' {
-		return "", false
-	}
-	var b [16]byte
-	if n, err := hex.Decode(b[:], []byte(s[:8]+s[9:13]+s[14:18]+s[19:23]+s[24:])); n != len(b) || err != nil {
-		return "", false
-	}
-	return strings.ToLower(s), true
+	return strings.ToLower(s), idForm.MatchString(s)
 }
 
 // newID returns a UUID version 7 (RFC 9562 §5.7) for a row created at t. The 12

@@ -109,7 +109,7 @@ func TestParseID(t *testing.T) {
 		"019c2292294b--774b-8e0f-5b3a1f6c9d42": "", id[:35] + "g": "", id[:35] + " ": "", " " + id[1:]: "", id[:34] + "\xff0": "",
 		"+19c" + rest: "", "0x9c" + rest: "", "0１" + rest: "", "%19c" + rest: "",
 	} {
-		if got, ok := parseID(s); got != want || ok != (want != "") {
+		if got, ok := parseID(s); ok != (want != "") || ok && got != want {
 			t.Errorf("%q: got %q, %t, want %q", s, got, ok, want)
 		}
 	}
