@@ -178,7 +178,7 @@ func (h *Handler) listTasks(r *request) (*response, error) {
 }
 
 func (h *Handler) getTask(r *request) (*response, error) {
-	t, err := h.store.Get(r.Context(), r.target())
+	t, err := h.store.Get(r.Context(), r.target)
 	return fetched(r, t, err)
 }
 
@@ -189,7 +189,7 @@ func (h *Handler) changeTask(decode func(body []byte) (TaskPatch, error)) operat
 		if err != nil {
 			return nil, err
 		}
-		t, err := h.store.Patch(r.Context(), r.target(), patch)
+		t, err := h.store.Patch(r.Context(), r.target, patch)
 		return changed(t, err)
 	}
 }
@@ -201,12 +201,12 @@ func (h *Handler) completeTask(r *request) (*response, error) {
 	if r.Header.Values("Idempotency-Key") != nil {
 		return nil, InvalidError{{Header: "Idempotency-Key", Detail: `a repeat would flip the task back; send the body {"completed": true} or false instead`}}
 	}
-	t, err := h.store.Flip(r.Context(), r.target())
+	t, err := h.store.Flip(r.Context(), r.target)
 	return changed(t, err)
 }
 
 func (h *Handler) deleteTask(r *request) (*response, error) {
-	return &response{status: http.StatusNoContent}, h.store.Delete(r.Context(), r.target())
+	return &response{status: http.StatusNoContent}, h.store.Delete(r.Context(), r.target)
 }
 
 func (h *Handler) health(http.ResponseWriter, *http.Request) (*response, error) {

@@ -150,11 +150,8 @@ func usage() string {
 		"  -healthcheck  ask a running service whether it is up, and exit with 0 or 1\n\n" +
 		"Environment variables; an empty one counts as unset:\n\n")
 	for _, s := range variables(new(config)) {
-		help := s.help
-		if s.byDefault != "" {
-			help += " (" + s.byDefault + ")"
-		}
-		fmt.Fprintf(&b, "  %-16s  %s\n", s.name, help)
+		line := fmt.Sprintf("  %-16s  %s (%s)", s.name, s.help, s.byDefault)
+		b.WriteString(strings.TrimSuffix(line, " ()") + "\n")
 	}
 	return b.String()
 }

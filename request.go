@@ -41,7 +41,7 @@ type request struct {
 	Filter                   // what the query says; Owner is the only user that the request may touch
 	query         url.Values // as it was sent
 	verified      bool       // Owner comes from [Options.Authenticate]
-	id            string     // in the path; "": none
+	target        Target     // the row in the path, with the conditions of the headers
 	body          []byte
 }
 
@@ -72,7 +72,7 @@ func (h *Handler) api(do operation, params, accepts []string) endpoint {
 		default:
 			return nil, refuse(http.StatusServiceUnavailable, "The service has too many requests in flight.")
 		}
-		err = cmp.Or(req.readQuery(params, user), req.readID())
+		err = cmp.Or(req.readQuery(params, user), req.readTarget())
 		if err == nil && accepts != nil && (len(req.body) > 0 || bodyErr != nil) {
 			err = cmp.Or(checkMediaType(r, accepts), bodyErr)
 		}
@@ -80,7 +80,7 @@ func (h *Handler) api(do operation, params, accepts []string) endpoint {
 			return nil, err
 		}
 		res, err := do(req)
-		if match := req.target().Match; match != nil && len(match) == 0 && errors.Is(err, ErrPrecondition) {
+		if match := req.target.Match; match != nil && len(match) == 0 && errors.Is(err, ErrPrecondition) {
 			err = refuse(http.StatusPreconditionFailed, `If-Match has no tag that can match. Send "<version>", with the version that you have read.`)
 		}
 		return res, err
@@ -203,18 +203,30 @@ func (f *Filter) set(name, value string) (violation string) {
 	return rule
 }
 
-// readID reads the id of a path such as /api/tasks/{id}/complete. It does not use
+// readTarget reads the id of a path such as /api/tasks/{id}/complete, and the
+// conditions for that row (RFC 9110 §13.1.1 and §13.1.2). It does not use
 // [http.Request.PathValue], which may be an outer router's.
-func (r *request) readID() error {
+func (r *request) readTarget() error {
 	segments := append(strings.Split(r.URL.EscapedPath(), "/"), "")
 	if len(segments) < 5 || segments[3] == "" {
 		return nil
 	}
-	id, _ := url.PathUnescape(segments[3]) // cannot fail
-	var ok bool
-	if r.id, ok = parseID(id); !ok {
-		return refuse(http.StatusNotFound, "Not found: %q is not a UUID.", id)
+	segment, _ := url.PathUnescape(segments[3]) // cannot fail
+	id, ok := parseID(segment)
+	if !ok {
+		return refuse(http.StatusNotFound, "Not found: %q is not a UUID.", segment)
 	}
+	r.target = Target{ID: id, Owner: r.Owner}
+	if fields := r.Header.Values("If-Match"); fields != nil {
+		if tags, star := parseTags(fields); !star {
+			r.target.Match = append([]int64{}, versions(tags)...) // not nil
+		}
+	}
+	tags, star := parseTags(r.Header.Values("If-None-Match"))
+	for i := range tags {
+		tags[i] = strings.TrimPrefix(tags[i], "W/") // the comparison is weak
+	}
+	r.target.NoneMatch, r.target.NoneMatchAny = versions(tags), star
 	return nil
 }
 
@@ -260,23 +272,6 @@ func (r *request) checkDraft(owner **string, err error) (key string, _ error) {
 // isVisible reports whether s is 1 to most visible ASCII characters.
 func isVisible(s string, most int) bool {
 	return s != "" && len(s) <= most && !strings.ContainsFunc(s, func(r rune) bool { return r < '!' || r > '~' })
-}
-
-// target returns the row that a request is about, with its conditions (RFC 9110
-// §13.1.1 and §13.1.2).
-func (r *request) target() Target {
-	t := Target{ID: r.id, Owner: r.Owner}
-	if fields := r.Header.Values("If-Match"); fields != nil {
-		if tags, star := parseTags(fields); !star {
-			t.Match = append([]int64{}, versions(tags)...) // not nil
-		}
-	}
-	tags, star := parseTags(r.Header.Values("If-None-Match"))
-	for i := range tags {
-		tags[i] = strings.TrimPrefix(tags[i], "W/") // the comparison is weak
-	}
-	t.NoneMatch, t.NoneMatchAny = versions(tags), star
-	return t
 }
 
 // etag returns the entity tag of a version, a strong one.

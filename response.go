@@ -235,7 +235,7 @@ func created[T resource](r *request, row T, replayed bool, err error) (*response
 func fetched[T resource](r *request, row T, err error) (*response, error) {
 	res, err := changed(row, err)
 	_, _, version := row.identity()
-	if r.target().excludes(version) {
+	if r.target.excludes(version) {
 		res.status, res.body = http.StatusNotModified, nil
 		res.header.Del("Content-Type")
 	}

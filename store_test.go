@@ -414,7 +414,7 @@ func TestBadRow(t *testing.T) {
 	a.log.expected.Store(true)
 	a.exec("ALTER TABLE tasks ADD CONSTRAINT strange CHECK (title <> 'bad') NOT VALID")
 	ids := a.newTasks(2)
-	a.exec("ALTER TABLE tasks DROP CONSTRAINT IF EXISTS tasks_times")
+	a.exec("ALTER TABLE tasks DROP CONSTRAINT tasks_row")
 	a.exec("UPDATE tasks SET created_at = '-infinity' WHERE id = '" + ids[1] + "'")
 	together(100, func(i int) {
 		title, create, fetch := "good", 201, 200
