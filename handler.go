@@ -81,7 +81,7 @@ func (h *Handler) Drain() { h.draining.Store(true) }
 
 // ServeHTTP answers a request.
 func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
-	h.find(r, r.Method).ServeHTTP(w, r)
+	h.find(r).ServeHTTP(w, r)
 }
 
 // endpoint answers a request: it returns a response, or an error that problemOf
@@ -96,12 +96,8 @@ type route struct {
 }
 
 func (h *Handler) routes() []*route {
-	var (
-		scope = []string{"user_id"}
-		page  = []string{"user_id", "completed", "sort", "limit", "after"}
-		whole = []string{mediaTypeJSON}
-		patch = []string{mediaTypePatch, mediaTypeJSON}
-	)
+	scope, page := []string{"user_id"}, []string{"user_id", "completed", "sort", "limit", "after"}
+	whole, patch := []string{mediaTypeJSON}, []string{mediaTypePatch, mediaTypeJSON}
 	docs, server := newPage("text/html; charset=utf-8", docs), `"url": "`+cmp.Or(h.opts.Prefix, "/")+`"`
 	docs.header.Set("Content-Security-Policy", contentPolicy(docs.body))
 	openAPI := newPage(mediaTypeJSON, bytes.Replace(openAPI, []byte(`"url": "/"`), []byte(server), 1))
@@ -122,15 +118,17 @@ func (h *Handler) routes() []*route {
 	}
 }
 
-// find returns the route of a path and a method. It ignores one trailing slash of
-// an API path: a redirect would lose the body of a POST.
-func (h *Handler) find(r *http.Request, method string) *route {
-	u, escaped := *r.URL, r.URL.EscapedPath()
+// find returns the route of a request. It ignores one trailing slash of an API
+// path: a redirect would lose the body of a POST.
+func (h *Handler) find(r *http.Request) *route {
+	escaped := r.URL.EscapedPath()
 	if strings.HasPrefix(escaped, "/api/") && strings.HasSuffix(escaped, "/") {
+		u := *r.URL
 		u.Path, u.RawPath = strings.TrimSuffix(u.Path, "/"), strings.TrimSuffix(u.RawPath, "/")
+		r = &http.Request{Method: r.Method, URL: &u}
 	}
 	// Any other handler is ServeMux's own: a redirect, or a plain-text 404 or 405.
-	handler, _ := h.mux.Handler(&http.Request{Method: method, URL: &u})
+	handler, _ := h.mux.Handler(r)
 	rt, ok := handler.(*route)
 	// ServeMux matches an encoded slash with {$}.
 	if !ok || strings.HasSuffix(rt.pattern, "{$}") && escaped != "/" {
@@ -144,7 +142,7 @@ func (h *Handler) find(r *http.Request, method string) *route {
 func (h *Handler) unmatched(w http.ResponseWriter, r *http.Request) (*response, error) {
 	var methods []string
 	for _, method := range []string{"DELETE", "GET", "HEAD", "PATCH", "POST", "PUT"} {
-		if h.find(r, method).pattern != noRoute {
+		if h.find(&http.Request{Method: method, URL: r.URL}).pattern != noRoute {
 			methods = append(methods, method)
 		}
 	}

@@ -207,7 +207,7 @@ func (f *Filter) set(name, value string) (violation string) {
 // conditions for that row (RFC 9110 §13.1.1 and §13.1.2). It does not use
 // [http.Request.PathValue], which may be an outer router's.
 func (r *request) readTarget() error {
-	segments := append(strings.Split(r.URL.EscapedPath(), "/"), "")
+	segments := strings.Split(r.URL.EscapedPath()+"/", "/")
 	if len(segments) < 5 || segments[3] == "" {
 		return nil
 	}

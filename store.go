@@ -326,7 +326,7 @@ func (t *table[T]) get(ctx context.Context, target Target) (row T, err error) {
 
 // fetchAll returns the rows with the given ids.
 func (t *table[T]) fetchAll(ctx context.Context, ids []string) ([][]T, error) {
-	rows, err := t.rows(ctx, t.selects+" WHERE id = ANY ($1)", ids)
+	rows, err := t.rows(ctx, t.selects+" WHERE id = ANY ($1)", "{"+strings.Join(ids, ",")+"}")
 	return byID(rows, ids), err
 }
 
