@@ -27,8 +27,8 @@ type batcher[C, R any] struct {
 	// run makes all calls, and returns their results in the same order.
 	run func(context.Context, []C) ([]R, error)
 	// mayRepeat reports whether a batch that failed with this error had no
-	// effect and would not fail for each call alone. It is then run again in
-	// halves, so that one bad call fails alone.
+	// effect, and some of its calls may succeed. It is then run again in halves,
+	// so that one bad call fails alone.
 	mayRepeat func(error) bool
 
 	turn chan struct{} // has an element unless a batch that took it is running
@@ -67,7 +67,7 @@ func (b *batcher[C, R]) do(ctx context.Context, call C) (result R, err error) {
 	defer b.mu.Unlock()
 	if joined.waiting--; joined.waiting == 0 {
 		joined.cancel()
-		b.close(joined)
+		b.seal(joined)
 	}
 	return result, ctx.Err()
 }
@@ -94,8 +94,8 @@ func (b *batcher[C, R]) join(ctx context.Context, call C) (joined *batch[C, R], 
 	return joined, len(joined.calls) - 1
 }
 
-// close keeps further calls from joining a batch. b.mu must be locked.
-func (b *batcher[C, R]) close(joined *batch[C, R]) {
+// seal keeps further calls from joining a batch. b.mu must be locked.
+func (b *batcher[C, R]) seal(joined *batch[C, R]) {
 	if b.next == joined {
 		b.next = nil
 	}
@@ -109,7 +109,7 @@ func (b *batcher[C, R]) start(own *batch[C, R]) {
 	case <-time.After(maxWait):
 	}
 	b.mu.Lock()
-	b.close(own)
+	b.seal(own)
 	b.mu.Unlock()
 	defer own.cancel()
 	ctx, cancel := context.WithDeadline(own.ctx, own.deadline)

@@ -32,7 +32,7 @@ var docs []byte
 // Options are the settings of a [Handler]. The zero value means the defaults, and
 // so do numbers and durations below zero.
 type Options struct {
-	RequestTimeout time.Duration // deadline of one request; default 5 seconds
+	RequestTimeout time.Duration // deadline of one request; default 5 seconds, with a Server at most 45
 	MaxInFlight    int           // API requests served at once; default 1000
 
 	// Authenticate returns the user who sent a request to the API. It is called
@@ -98,9 +98,9 @@ type route struct {
 func (h *Handler) routes() []*route {
 	scope, page := []string{"user_id"}, []string{"user_id", "completed", "sort", "limit", "after"}
 	whole, patch := []string{mediaTypeJSON}, []string{mediaTypePatch, mediaTypeJSON}
-	docs, server := newPage("text/html; charset=utf-8", docs), `"url": "`+cmp.Or(h.opts.Prefix, "/")+`"`
-	docs.header.Set("Content-Security-Policy", contentPolicy(docs.body))
-	openAPI := newPage(mediaTypeJSON, bytes.Replace(openAPI, []byte(`"url": "/"`), []byte(server), 1))
+	docsPage, server := newPage("text/html; charset=utf-8", docs), `"url": "`+cmp.Or(h.opts.Prefix, "/")+`"`
+	docsPage.header.Set("Content-Security-Policy", contentPolicy(docsPage.body))
+	apiPage := newPage(mediaTypeJSON, bytes.Replace(openAPI, []byte(`"url": "/"`), []byte(server), 1))
 	return []*route{
 		{h, "POST /api/tasks", h.api(h.createTask, scope, whole)},
 		{h, "GET /api/tasks", h.api(h.listTasks, page, nil)},
@@ -111,8 +111,8 @@ func (h *Handler) routes() []*route {
 		{h, "DELETE /api/tasks/{id}", h.api(h.deleteTask, scope, nil)},
 		{h, "GET /healthz", h.health},
 		{h, "GET /readyz", h.ready},
-		{h, "GET /openapi.json", openAPI.serve},
-		{h, "GET /docs", docs.serve},
+		{h, "GET /openapi.json", apiPage.serve},
+		{h, "GET /docs", docsPage.serve},
 		{h, "GET /metrics", h.writeMetrics},
 		{h, "GET /{$}", h.root},
 	}
@@ -122,7 +122,7 @@ func (h *Handler) routes() []*route {
 // path: a redirect would lose the body of a POST.
 func (h *Handler) find(r *http.Request) *route {
 	escaped := r.URL.EscapedPath()
-	if strings.HasPrefix(escaped, "/api/") && strings.HasSuffix(escaped, "/") {
+	if strings.HasPrefix(r.URL.Path, "/api/") && strings.HasSuffix(escaped, "/") {
 		u := *r.URL
 		u.Path, u.RawPath = strings.TrimSuffix(u.Path, "/"), strings.TrimSuffix(u.RawPath, "/")
 		r = &http.Request{Method: r.Method, URL: &u}
@@ -231,7 +231,7 @@ func (h *Handler) root(http.ResponseWriter, *http.Request) (*response, error) {
 }
 
 // newPage returns a document that does not change while the service runs. Its
-// lines end in LF, as browsers read it whatever a checkout has made of them.
+// lines end in LF, whatever the checkout has: browsers hash its script like that.
 func newPage(mediaType string, body []byte) *response {
 	body = bytes.ReplaceAll(bytes.ReplaceAll(body, []byte("\r\n"), []byte("\n")), []byte("\r"), []byte("\n"))
 	page := newResponse(mediaType, "no-cache", body)
@@ -239,7 +239,7 @@ func newPage(mediaType string, body []byte) *response {
 	return page
 }
 
-// serve returns the endpoint of a page.
+// serve is the endpoint of a page.
 func (page *response) serve(_ http.ResponseWriter, r *http.Request) (*response, error) {
 	tags, star := parseTags(r.Header.Values("If-None-Match"))
 	if star || slices.ContainsFunc(tags, func(tag string) bool { return strings.TrimPrefix(tag, "W/") == page.header.Get("ETag") }) {

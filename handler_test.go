@@ -663,7 +663,7 @@ func TestRouting(t *testing.T) {
 	}
 	const item, complete = "/api/tasks/{id}", "/api/tasks/{id}/complete"
 	for _, tt := range []struct{ want, allow, requests string }{
-		{"200", "", "HEAD /api/tasks/, GET /api/tasks/?limit=1, GET /api/tasks?, GET /api/t%61sks"},
+		{"200", "", "HEAD /api/tasks/, GET /api/tasks/?limit=1, GET /api/tasks?, GET /api/t%61sks, GET /%61pi/tasks/"},
 		{"405", "GET, HEAD, POST", "PUT /api/tasks, PATCH /api/tasks, DELETE /api/tasks, DELETE /api/tasks/, OPTIONS /api/tasks, TRACE /api/tasks, " +
 			"CONNECT /api/tasks, PROPFIND /api/tasks, A!#$%&'*+-.^_`|~1 /api/tasks"},
 		{"405", "DELETE, GET, HEAD, PATCH, PUT", "POST " + item + ", OPTIONS " + item + ", POST /api/tasks/nonsense"},

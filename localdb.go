@@ -63,7 +63,7 @@ func startLocalDB(ctx context.Context, dir, bin string, opts ...string) (*localD
 			return nil, fmt.Errorf("private PostgreSQL in %s: %w", dir, errors.Join(ctx.Err(), err))
 		}
 	}
-	// Killed starts leave these. A concurrent start that still has one has lost.
+	// Killed starts leave these. A concurrent start needs its own no longer: data exists.
 	exec.Command("sh", "-c", `rm -rf "$1"/initdb-*`, "sh", dir).Run()
 	return db, nil
 }

@@ -10,6 +10,7 @@ import (
 	"cmp"
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"maps"
@@ -306,6 +307,30 @@ func TestHelp(t *testing.T) {
 	}
 }
 
+// A private server that cannot be stopped is an error.
+func TestStopFails(t *testing.T) {
+	t.Parallel()
+	dir := newLocalDir(t)
+	db, bin := &localDB{dir: dir, bin: os.Getenv("PG_BIN")}, shortTempDir(t)
+	err := db.findPrograms(t.Context())
+	for _, name := range []string{"initdb", "postgres"} {
+		err = errors.Join(err, os.Symlink(filepath.Join(db.bin, name), filepath.Join(bin, name)))
+	}
+	script := "#!/bin/sh\n[ $1 = start ] && exec " + db.bin + "/pg_ctl \"$@\"\n"
+	if err := errors.Join(err, os.WriteFile(filepath.Join(bin, "pg_ctl"), []byte(script), 0o755)); err != nil {
+		t.Fatal(err)
+	}
+	p := start(t, filepath.Dir(dir), settings{"PG_BIN": bin})
+	p.url()
+	server := db.postmaster()
+	p.stop()
+	if said := p.exit(1); !strings.Contains(said, "pg_ctl: exit status 1") {
+		t.Error(said)
+	}
+	killServer(t, server)
+	os.Remove(filepath.Join(dir, "data", "postmaster.pid"))
+}
+
 func TestDefaults(t *testing.T) {
 	t.Parallel()
 	cfg, err := configure(settings{}.get, io.Discard)
@@ -317,7 +342,7 @@ func TestDefaults(t *testing.T) {
 		t.Error("the level of the log is not info")
 	}
 	cfg.options.Logger, cfg.hints = nil, nil
-	want := config{prepare: "auto", addr: "localhost:8080", maxConns: 10, shutdownTimeout: 10 * time.Second, logFormat: "text",
+	want := config{prepare: "auto", addr: "localhost:8080", maxConns: 10, shutdownTimeout: 10 * time.Second, logLevel: "info", logFormat: "text",
 		options: Options{RequestTimeout: 5 * time.Second, MaxInFlight: 1000, Hosts: []string{}, CORSOrigins: []string{}}}
 	if !reflect.DeepEqual(cfg, want) {
 		t.Errorf("got %+v, want %+v", cfg, want)
@@ -334,16 +359,16 @@ func TestInvalidSettings(t *testing.T) {
 		"ADDR":             "localhost 8080 localhost: localhost:http localhost:65536 localhost:-1 ::1:8080",
 		"PORT":             "x -1 65536 +80 :8080 localhost:8080",
 		"DB_MAX_CONNS":     number + " 10001",
-		"DB_PREPARE":       "x 2",
+		"DB_PREPARE":       "x 2 TRUE",
 		"REQUEST_TIMEOUT":  duration + " 51s",
 		"MAX_IN_FLIGHT":    number + " 1000001",
 		"SHUTDOWN_TIMEOUT": duration + " 61m",
 		"SHUTDOWN_DELAY":   "-1s 5 x 61m",
 		"USER_HEADER":      "X:User é Bücher",
-		"ALLOWED_HOSTS":    "example.com:80 https://example.com a/b [::1]:80 bücher.example a,b:1",
-		"PATH_PREFIX":      "/ todo todo/ /todo/ //todo /a//b /a?b /a#b /<a> /é",
-		"CORS_ORIGINS":     "example.com https://example.com/ https://example.com/a https://u@example.com null https://a.example,b.example http:// *.example.com https://*.example.com https://Example.com https://example.com:443 http://example.com:80 https://example.com: https://example.com:0 https://bücher.example",
-		"LOG_LEVEL":        "x 1 warning",
+		"ALLOWED_HOSTS":    ", example.com:80 https://example.com a/b [::1]:80 bücher.example a,b:1",
+		"PATH_PREFIX":      "/ /%zz todo todo/ /todo/ //todo /a//b /a?b /a#b /<a> /é",
+		"CORS_ORIGINS":     ", example.com https://example.com/ https://example.com/a https://u@example.com null https://a.example,b.example http:// *.example.com https://*.example.com https://Example.com https://example.com:443 http://example.com:80 https://example.com: https://example.com:0 https://bücher.example",
+		"LOG_LEVEL":        "x 1 warning error+100",
 		"LOG_FORMAT":       "x JSON",
 	} {
 		for value := range strings.FieldsSeq(values) {
@@ -493,7 +518,6 @@ func TestAllowedHosts(t *testing.T) {
 	for _, test := range []struct{ allowed, served, refused string }{
 		{"", "localhost LOCALHOST.:1 a.localhost 127.0.0.1:80 192.0.2.1 [::1]:80", "example.com evil.example:8080 localhost.example"},
 		{"Example.com., b.example", "example.com:80 EXAMPLE.COM b.example. localhost 192.0.2.1", "a.example.com evil.example"},
-		{" ,", "localhost", "evil.example"},
 		{"*", "localhost evil.example:8080", ""},
 	} {
 		s := serving(t, settings{"DATABASE_URL": dbURL, "ALLOWED_HOSTS": test.allowed})
@@ -547,7 +571,7 @@ func TestGCPercent(t *testing.T) {
 		tuned       bool
 	}{{"GOGC", "", true}, {"GOGC", "100", false}, {"GOMEMLIMIT", "8GiB", false}} {
 		_, page := start(t, t.TempDir(), settings{"DATABASE_URL": dbURL, test.name: test.value}).get("/metrics")
-		const least = 16 << 20 // bytes of the heap before the first collection; 4 << 20 by default
+		const least = 10 << 20 // bytes of the heap before the first collection; 4 << 20 by default
 		if next := parseMetrics(t, []byte(page))["go_memstats_next_gc_bytes"]; (next >= least) != test.tuned {
 			t.Errorf("%s=%s: the heap may grow to %v bytes", test.name, test.value, next)
 		}

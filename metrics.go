@@ -43,7 +43,7 @@ type series struct {
 var bounds = [...]float64{.001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, math.Inf(1)}
 
 // observe counts a request. The route is the path of its pattern. Methods that
-// HTTP does not define count as one. It allocates only for a new series.
+// HTTP does not define count as "other". It allocates only for a new series.
 func (m *metrics) observe(route, method string, status int, d time.Duration) {
 	if !slices.Contains([]string{"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "CONNECT", "OPTIONS", "TRACE"}, method) {
 		method = "other"
@@ -72,14 +72,14 @@ func (m *metrics) appendTo(b []byte, pool sql.DBStats) []byte {
 	}
 	requests := fmt.Appendf(nil, "# HELP %s Requests served.\n# TYPE %[1]s counter\n", total)
 	durations := fmt.Appendf(nil, "# HELP %s Time to serve a request.\n# TYPE %[1]s histogram\n", duration)
-	for _, labels := range slices.Sorted(maps.Keys(all)) {
-		s, n := all[labels], int64(0)
+	for _, text := range slices.Sorted(maps.Keys(all)) {
+		s, n := all[text], int64(0)
 		for i, le := range bounds {
 			n += s.buckets[i].Load()
-			durations = fmt.Appendf(durations, "%s_bucket{%s,le=\"%v\"} %d\n", duration, labels, le, n)
+			durations = fmt.Appendf(durations, "%s_bucket{%s,le=\"%v\"} %d\n", duration, text, le, n)
 		}
-		durations = fmt.Appendf(durations, "%s_sum{%s} %v\n%[1]s_count{%[2]s} %[4]d\n", duration, labels, time.Duration(s.sum.Load()).Seconds(), n)
-		requests = fmt.Appendf(requests, "%s{%s} %d\n", total, labels, n)
+		durations = fmt.Appendf(durations, "%s_sum{%s} %v\n%[1]s_count{%[2]s} %[4]d\n", duration, text, time.Duration(s.sum.Load()).Seconds(), n)
+		requests = fmt.Appendf(requests, "%s{%s} %d\n", total, text, n)
 	}
 	b = appendMetric(b, "http_requests_in_flight", "Requests being served.", float64(m.inFlight.Load()))
 	b = append(append(b, requests...), durations...)
@@ -93,8 +93,7 @@ func appendMetric(b []byte, name, help string, v float64) []byte {
 	if strings.HasSuffix(name, "_total") {
 		kind = "counter"
 	}
-	bare, _, _ := strings.Cut(name, "{")
-	b = fmt.Appendf(b, "# HELP %s %s\n# TYPE %[1]s %[3]s\n%s ", bare, help, kind, name)
+	b = fmt.Appendf(b, "# HELP %s %s\n# TYPE %[1]s %[3]s\n%[1]s ", name, help, kind)
 	return append(strconv.AppendFloat(b, v, 'f', -1, 64), '\n')
 }
 
@@ -111,7 +110,7 @@ func appendPool(b []byte, s sql.DBStats) []byte {
 // appendRuntime appends the state of the Go runtime, as far as it can be read
 // without stopping the program.
 func appendRuntime(b []byte) []byte {
-	b = appendMetric(b, `go_info{version="`+runtime.Version()+`"}`, "The version of Go.", 1)
+	b = fmt.Appendf(b, "# HELP go_info The version of Go.\n# TYPE go_info gauge\ngo_info{version=%q} 1\n", runtime.Version())
 	for _, row := range [...]struct{ name, help, key string }{
 		{"go_goroutines", "Goroutines.", "/sched/goroutines:goroutines"},
 		{"go_memstats_alloc_bytes", "Memory of heap objects.", "/memory/classes/heap/objects:bytes"},

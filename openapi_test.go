@@ -75,7 +75,7 @@ func (s *spec) get(node any, names ...string) map[string]any {
 
 // path returns the template of a request's path, "" where the document has none.
 func (s *spec) path(requested string) string {
-	if strings.HasPrefix(requested, "/api/tasks/") {
+	if strings.HasPrefix(requested, "/api/tasks/") || strings.HasPrefix(requested, "/%61pi/") {
 		requested = strings.TrimSuffix(requested, "/") // the same resource
 	}
 	segments := strings.Split(requested, "/")

@@ -41,8 +41,8 @@ import (
 //   - a name that libpq does not know is a setting of the server;
 //   - in a URL an @ outside user and password must be percent-encoded, as must
 //     every #;
-//   - service stands alone, and PGSERVICE is for an empty string, because in lib/pq
-//     the service file wins over what the string says.
+//   - service must be the only setting, and PGSERVICE counts only if the string is
+//     empty, because in lib/pq the service file overrides the string.
 //
 // OpenDB does not connect. Its errors never contain a password. The pool has up to
 // 10 connections, and closes those that are idle for two minutes, so that a
@@ -56,8 +56,8 @@ import (
 // plan then serves all values of the parameters, and avoids sorting.
 func OpenDB(url string) (*sql.DB, error) { return openDB(url, "auto") }
 
-// openDB opens a pool whose connections prepare: all if prepare is "true", those
-// that are direct if it is "auto". Behind a pooler that lends a server connection
+// openDB is OpenDB with a choice of the connections that prepare: all ("true"),
+// none ("false"), or those that are direct ("auto"). Behind a pooler that lends a server connection
 // for one transaction, a client's prepared statement may be another's.
 func openDB(url, prepare string) (*sql.DB, error) {
 	cfg, err := parseURL(url)
@@ -92,11 +92,11 @@ func parseURL(connString string) (cfg pq.Config, err error) {
 	}
 	cfg, err = pq.NewConfig(keywords)
 	switch {
-	case err != nil && (errors.Is(err, pq.ErrCouldNotDetectUsername) || !strings.HasPrefix(err.Error(), "pq: ")):
+	case err != nil && !strings.HasPrefix(err.Error(), "pq: "): // of os/user
 		return cfg, fmt.Errorf("no user given, and the current user has no name (%w)", err)
 	case err != nil:
 		return cfg, err
-	case isSocket(cfg.Host) && !allLocal(cfg): // for which lib/pq gives up TLS
+	case isSocket(cfg.Host) && !allLocal(cfg): // lib/pq would use TLS for none of them
 		return cfg, errors.New("a Unix socket must not come before a host that is not of this machine")
 	case binding == "prefer" || binding == "disable":
 	case binding != "require":
@@ -149,6 +149,9 @@ func parseSettings(s string) (map[string]string, error) {
 			pairs = append(pairs, "port="+strings.Join(ports, ","))
 		}
 		for _, pair := range append(pairs, strings.Split(m[5], "&")...) {
+			if pair == "ssl=true" { // JDBC's, which libpq reads like this
+				pair = "sslmode=require"
+			}
 			name, value, _ := strings.Cut(pair, "=")
 			value, err := url.PathUnescape(value)
 			if err != nil || strings.Contains(value, "\x00") {
@@ -219,12 +222,10 @@ func transient(err error) bool {
 	}
 	// A missing file and an alert of TLS look like a broken connection.
 	_, noFile := errors.AsType[*fs.PathError](err)
-	if op, ok := errors.AsType[*net.OpError](err); connecting && (noFile || ok && op.Op == "remote error") {
-		return false
-	}
+	op, ok := errors.AsType[*net.OpError](err)
 	_, lost := errors.AsType[net.Error](err)
-	return lost || connecting && passing.MatchString(err.Error()) || errors.Is(err, errUnknownOutcome) ||
-		errors.Is(err, driver.ErrBadConn) || errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF)
+	return !(connecting && (noFile || ok && op.Op == "remote error")) && (lost || connecting && passing.MatchString(err.Error()) ||
+		errors.Is(err, errUnknownOutcome) || errors.Is(err, driver.ErrBadConn) || errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF))
 }
 
 // errUnknownOutcome is the error of a statement that may or may not have been
@@ -248,6 +249,8 @@ type connector struct {
 func (c *connector) Driver() driver.Driver { return pq.Driver{} }
 
 func (c *connector) Connect(ctx context.Context) (driver.Conn, error) {
+	ctx, cancel := context.WithCancel(ctx) // ends what a failure leaves
+	defer cancel()
 	timeout := cmp.Or(c.cfg.ConnectTimeout, connectTimeout)
 	if deadline, ok := ctx.Deadline(); ok {
 		timeout = min(timeout, time.Until(deadline))
@@ -277,12 +280,12 @@ func (c *connector) Connect(ctx context.Context) (driver.Conn, error) {
 	return cn, cn.socket.SetDeadline(time.Time{})
 }
 
-// Limits of what a server may take its time for.
+// How long a server may take.
 const (
 	connectTimeout = 10 * time.Second       // to accept a connection, unless connect_timeout is set
 	cancelTimeout  = 400 * time.Millisecond // to accept the request to cancel a statement
 	cancelGrace    = 50 * time.Millisecond  // to answer, after a statement's context has ended
-	closeTimeout   = 100 * time.Millisecond // to take the end of a connection
+	closeTimeout   = 100 * time.Millisecond // to accept the end of a connection
 )
 
 // aliveTime is how long after its last statement a connection is assumed to be
@@ -318,8 +321,8 @@ type conn struct {
 // DialContext dials the server. When a statement's context ends, lib/pq dials once
 // more, to ask the server to cancel the statement. But a silent server does not
 // answer, and PostgreSQL ignores a request that arrives before the statement has
-// begun. So the connection then gets a deadline, and no other statement, which the
-// request could meet.
+// begun. So the connection then gets a deadline, and runs no other statement, which
+// the request could cancel.
 func (c *conn) DialContext(ctx context.Context, network, address string) (net.Conn, error) {
 	dialer := net.Dialer{Deadline: time.Now().Add(c.timeout)}
 	if c.pqConn != nil {
@@ -342,31 +345,13 @@ func (c *conn) expire() {
 	_ = c.socket.SetDeadline(time.Now().Add(cancelGrace))
 }
 
-// closed reports whether the server has closed the connection, or has sent
-// something unasked, such as the reason for closing.
-func (c *conn) closed() bool {
-	quiet := false
-	raw, _ := c.socket.(syscall.Conn).SyscallConn() // cannot fail
-	_ = raw.Read(func(fd uintptr) bool { quiet = wouldBlock(syscall.Read, fd); return true })
-	return !quiet
-}
-
-// wouldBlock reports whether a file descriptor in non-blocking mode has nothing
-// to read. read is [syscall.Read], whose first parameter has another type on
-// each system. Windows cannot read a socket like a file.
-func wouldBlock[FD ~int | ~uintptr](read func(FD, []byte) (int, error), fd uintptr) bool {
-	var b [1]byte
-	_, err := read(FD(fd), b[:])
-	return err == syscall.EAGAIN || runtime.GOOS == "windows"
-}
-
-// setUp makes a connection prepare its queries, if that is asked for or safe. Only
-// then, hence in one statement, PostgreSQL changes settings of the session: behind
-// a pooler other clients would get them.
+// setUp makes a connection prepare its queries, if that is asked for or safe. One
+// statement checks that it is safe and changes settings of the session: behind a
+// pooler, other clients would get them.
 func (c *conn) setUp(ctx context.Context) error {
-	// One plan serves all values, which PostgreSQL does not expect. Nor does it
-	// know then how short a page is: without these settings it might read and sort
-	// what an index has in order, or compile it.
+	// One plan serves all values. PostgreSQL makes it without knowing how short a
+	// page is. Without these settings it might read and sort what an index has in
+	// order, or compile the plan.
 	query := "SELECT set_config(name, value, false) FROM (VALUES " +
 		"('plan_cache_mode', 'force_generic_plan'), ('enable_sort', 'off'), ('jit', 'off')) AS settings (name, value)"
 	local, tcp := c.socket.LocalAddr().(*net.TCPAddr)
@@ -402,6 +387,24 @@ func (c *conn) ResetSession(context.Context) error {
 		return driver.ErrBadConn
 	}
 	return nil
+}
+
+// closed reports whether the server has closed the connection, or has sent
+// something unasked, such as the reason for closing.
+func (c *conn) closed() bool {
+	quiet := false
+	raw, _ := c.socket.(syscall.Conn).SyscallConn() // cannot fail
+	_ = raw.Read(func(fd uintptr) bool { quiet = wouldBlock(syscall.Read, fd); return true })
+	return !quiet
+}
+
+// wouldBlock reports whether a file descriptor in non-blocking mode has nothing
+// to read. read is [syscall.Read], whose first parameter has another type on
+// each system. Windows cannot read a socket like a file.
+func wouldBlock[FD ~int | ~uintptr](read func(FD, []byte) (int, error), fd uintptr) bool {
+	var b [1]byte
+	_, err := read(FD(fd), b[:])
+	return err == syscall.EAGAIN || runtime.GOOS == "windows"
 }
 
 func (c *conn) ExecContext(ctx context.Context, query string, args []driver.NamedValue) (driver.Result, error) {

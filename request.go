@@ -1,7 +1,7 @@
 package main
 
-// request.go is what comes in: the checks before an operation, in the order in
-// which their errors take precedence, and what they read from a request.
+// request.go is what comes in: the checks before an operation, and what they read
+// from a request.
 
 import (
 	"cmp"
@@ -38,7 +38,7 @@ const (
 type request struct {
 	*http.Request            // its context has the request's deadline
 	path          string     // as clients see it, without trailing slash
-	Filter                   // what the query says; Owner is the only user that the request may touch
+	Filter                   // what the query says; the request is about rows of Owner only
 	query         url.Values // as it was sent
 	verified      bool       // Owner comes from [Options.Authenticate]
 	target        Target     // the row in the path, with the conditions of the headers
@@ -49,11 +49,12 @@ type request struct {
 type operation func(r *request) (*response, error)
 
 // api makes an operation an endpoint. params are its query parameters, accepts
-// the media types of its body; nil means that it has no body.
+// the media types of its body; nil means that it ignores a body.
 func (h *Handler) api(do operation, params, accepts []string) endpoint {
 	return func(w http.ResponseWriter, r *http.Request) (*response, error) {
 		// The last tenth of the time is for the response, in case the database
 		// uses all the rest.
+		start := time.Now()
 		ctx, cancel := context.WithTimeout(r.Context(), h.opts.RequestTimeout/10*9)
 		defer cancel()
 		req := &request{Request: r.WithContext(ctx), path: h.opts.Prefix + strings.TrimSuffix(r.URL.EscapedPath(), "/")}
@@ -65,7 +66,7 @@ func (h *Handler) api(do operation, params, accepts []string) endpoint {
 		// the operation has none: only after its end does net/http notice that a
 		// client has gone.
 		var bodyErr error
-		req.body, bodyErr = h.readBody(w, r)
+		req.body, bodyErr = h.readBody(w, r, start)
 		select {
 		case h.slots <- struct{}{}:
 			defer func() { <-h.slots }()
@@ -73,7 +74,7 @@ func (h *Handler) api(do operation, params, accepts []string) endpoint {
 			return nil, refuse(http.StatusServiceUnavailable, "The service has too many requests in flight.")
 		}
 		err = cmp.Or(req.readQuery(params, user), req.readTarget())
-		if err == nil && accepts != nil && (len(req.body) > 0 || bodyErr != nil) {
+		if err == nil && (len(req.body) > 0 || bodyErr != nil) {
 			err = cmp.Or(checkMediaType(r, accepts), bodyErr)
 		}
 		if err != nil {
@@ -85,6 +86,26 @@ func (h *Handler) api(do operation, params, accepts []string) endpoint {
 		}
 		return res, err
 	}
+}
+
+// hostServed reports whether a request with this Host is served. Names compare
+// without port, case and final dot. No browser sends a request without Host.
+func (h *Handler) hostServed(host string) bool {
+	if host == "" || len(h.opts.Hosts) == 0 || slices.Contains(h.opts.Hosts, "*") {
+		return true
+	}
+	host = canonicalHost((&url.URL{Host: host}).Hostname())
+	_, err := netip.ParseAddr(host)
+	return err == nil || host == "localhost" || strings.HasSuffix(host, ".localhost") ||
+		slices.ContainsFunc(h.opts.Hosts, func(served string) bool { return canonicalHost(served) == host })
+}
+
+func canonicalHost(name string) string { return strings.TrimSuffix(strings.ToLower(name), ".") }
+
+// originNamed reports whether the origin of a request is among the CORSOrigins.
+func (h *Handler) originNamed(r *http.Request) bool {
+	origin := r.Header.Get("Origin")
+	return origin != "" && (slices.Contains(h.opts.CORSOrigins, origin) || slices.Contains(h.opts.CORSOrigins, "*"))
 }
 
 // authenticate returns the user who sent a request, nil if nothing authenticates.
@@ -106,15 +127,15 @@ func (h *Handler) authenticate(r *http.Request) (*string, error) {
 	return &user, nil
 }
 
-// readBody reads the body, up to its limit and within the request's deadline. It
-// leaves r.Body as it is unless it has read it to its end.
-func (h *Handler) readBody(w http.ResponseWriter, r *http.Request) ([]byte, error) {
+// readBody reads the body, up to its limit and within 80 % of the request's time.
+// It replaces r.Body only if it has read the body to its end.
+func (h *Handler) readBody(w http.ResponseWriter, r *http.Request, start time.Time) ([]byte, error) {
 	if r.ContentLength == 0 {
 		return nil, nil
 	}
 	// Where deadlines are not supported, those of the server apply.
 	timeout := h.opts.RequestTimeout / 10 * 8 // leaves time for the database
-	_ = http.NewResponseController(w).SetReadDeadline(time.Now().Add(timeout))
+	_ = http.NewResponseController(w).SetReadDeadline(start.Add(timeout))
 	var body []byte
 	var err error = &http.MaxBytesError{Limit: maxBody}
 	if r.ContentLength <= maxBody {
@@ -127,7 +148,7 @@ func (h *Handler) readBody(w http.ResponseWriter, r *http.Request) ([]byte, erro
 		return nil, refuse(http.StatusRequestEntityTooLarge, "The body is larger than %d bytes.", large.Limit)
 	case errors.Is(err, os.ErrDeadlineExceeded):
 		return nil, refuse(http.StatusRequestTimeout, "The body did not arrive within %v.", timeout)
-	case closed || errors.Is(err, io.ErrUnexpectedEOF):
+	case closed || errors.Is(err, io.ErrUnexpectedEOF) || err != nil && r.Context().Err() != nil:
 		return nil, refuse(statusClientClosed, "The body ended unexpectedly.")
 	case err != nil:
 		return nil, malformedError("The body could not be read: " + err.Error() + ".")
@@ -146,21 +167,21 @@ func (r *request) readQuery(params []string, user *string) error {
 		name, value, _ := strings.Cut(pair, "=")
 		name, nameErr := url.QueryUnescape(name)
 		value, valueErr := url.QueryUnescape(value)
-		detail := ""
+		var details []string
 		switch {
-		case strings.Contains(pair, ";"): // a separator to some
-			detail = "a semicolon must be encoded as %3B"
+		case strings.Contains(pair, ";"): // some servers separate parameters by it
+			details = []string{"a semicolon must be encoded as %3B"}
 		case nameErr != nil || valueErr != nil || !utf8.ValidString(value):
-			detail = "malformed"
+			details = []string{"malformed"}
 		case !slices.Contains(params, name):
-			detail = "unknown parameter"
+			details = []string{"unknown parameter"}
 		case r.query.Has(name):
-			detail = "repeated"
+			details = []string{"repeated"}
 		default:
 			r.query.Set(name, value)
-			detail = r.set(name, value)
+			details = r.set(name, value)
 		}
-		if detail != "" {
+		for _, detail := range details {
 			violations = append(violations, Violation{Parameter: cmp.Or(name, pair), Detail: detail})
 		}
 	}
@@ -174,15 +195,13 @@ func (r *request) readQuery(params []string, user *string) error {
 	return nil
 }
 
-// set sets the field of a query parameter, or returns what is wrong with its value.
-func (f *Filter) set(name, value string) (violation string) {
+// set sets the field of a query parameter, and returns what is wrong with its value.
+func (f *Filter) set(name, value string) (violations []string) {
 	ok, rule := true, ""
 	switch name {
 	case "user_id":
 		f.Owner = &value
-		if violations := userIDViolations(value); violations != nil {
-			return violations[0]
-		}
+		return userIDViolations(value)
 	case "completed":
 		f.Completed = new(value == "true")
 		ok, rule = value == "true" || value == "false", "must be true or false"
@@ -198,9 +217,9 @@ func (f *Filter) set(name, value string) (violation string) {
 		rule = "must be an id"
 	}
 	if ok {
-		return ""
+		return nil
 	}
-	return rule
+	return []string{rule}
 }
 
 // readTarget reads the id of a path such as /api/tasks/{id}/complete, and the
@@ -237,15 +256,16 @@ func checkMediaType(r *http.Request, accepts []string) error {
 		return refuse(http.StatusUnsupportedMediaType, "The body must not be compressed; its Content-Encoding is %q.", encoding).with("Accept-Encoding", "identity")
 	}
 	mediaType, _, _ := strings.Cut(r.Header.Get("Content-Type"), ";")
-	if slices.Contains(accepts, strings.ToLower(strings.TrimSpace(mediaType))) {
+	if accepts == nil || slices.Contains(accepts, strings.ToLower(strings.TrimSpace(mediaType))) {
 		return nil
 	}
 	name := map[string]string{http.MethodPost: "Accept-Post", http.MethodPatch: "Accept-Patch", http.MethodPut: "Accept"}[r.Method]
 	return refuse(http.StatusUnsupportedMediaType, "The Content-Type must be %s.", strings.Join(accepts, " or ")).with(name, strings.Join(accepts, ", "))
 }
 
-// checkDraft checks what all creations have in common: err of decoding the body,
-// the owner in it, which it completes, and the Idempotency-Key, which it returns.
+// checkDraft makes the checks that all creations share. err is the error of
+// decoding the body. owner is the owner in the body; checkDraft fills in that of
+// the request. It returns the Idempotency-Key.
 func (r *request) checkDraft(owner **string, err error) (key string, _ error) {
 	invalid, ok := err.(InvalidError)
 	if err != nil && !ok {
@@ -274,18 +294,18 @@ func isVisible(s string, most int) bool {
 	return s != "" && len(s) <= most && !strings.ContainsFunc(s, func(r rune) bool { return r < '!' || r > '~' })
 }
 
-// etag returns the entity tag of a version, a strong one.
-func etag(version int64) string { return `"` + strconv.FormatInt(version, 10) + `"` }
-
 // versions returns the versions whose entity tags are among tags.
-func versions(tags []string) (versions []int64) {
+func versions(tags []string) (all []int64) {
 	for _, tag := range tags {
 		if n, err := strconv.ParseInt(strings.Trim(tag, `"`), 10, 64); err == nil && etag(n) == tag {
-			versions = append(versions, n)
+			all = append(all, n)
 		}
 	}
-	return versions
+	return all
 }
+
+// etag returns the entity tag of a version, a strong one.
+func etag(version int64) string { return `"` + strconv.FormatInt(version, 10) + `"` }
 
 // Entity tags (RFC 9110 §8.8.3), and lists of them (§5.6.1).
 const tagPattern = `(?:W/)?"[^\x00-\x20"\x7f]*"`
@@ -303,24 +323,4 @@ func parseTags(fields []string) (tags []string, star bool) {
 		tags = tagForm.FindAllString(list, -1)
 	}
 	return tags, strings.Trim(list, " \t") == "*"
-}
-
-// hostServed reports whether a request with this Host is served. Names compare
-// without port, case and final dot. No browser sends a request without Host.
-func (h *Handler) hostServed(host string) bool {
-	if host == "" || len(h.opts.Hosts) == 0 || slices.Contains(h.opts.Hosts, "*") {
-		return true
-	}
-	host = canonicalHost((&url.URL{Host: host}).Hostname())
-	_, err := netip.ParseAddr(host)
-	return err == nil || host == "localhost" || strings.HasSuffix(host, ".localhost") ||
-		slices.ContainsFunc(h.opts.Hosts, func(served string) bool { return canonicalHost(served) == host })
-}
-
-func canonicalHost(name string) string { return strings.TrimSuffix(strings.ToLower(name), ".") }
-
-// originNamed reports whether the origin of a request is among the CORSOrigins.
-func (h *Handler) originNamed(r *http.Request) bool {
-	origin := r.Header.Get("Origin")
-	return origin != "" && (slices.Contains(h.opts.CORSOrigins, origin) || slices.Contains(h.opts.CORSOrigins, "*"))
 }

@@ -334,7 +334,8 @@ func TestQueries(t *testing.T) {
 	for want, queries := range map[string]string{
 		"422 user_id": longest + "%F0%9F%99%82 ?user_id ?user_id=%00 ?user_id=\xff ?user_id=%zz ?user_id=a;b ?user_id=alice&user_id=alice ?user_id=alice&user%5Fid=bob",
 		"422 colour":  "?colour=red", "422 User_id": "?User_id=alice", "422 %zz=1": "?%zz=1", "422 =1": "?=1", "422 a;b": "?a;b",
-		"422 limit": "?limit=0 ?limit=1001 ?limit=65537 ?limit=+1", "422 completed": "?completed=1", "422 sort": "?sort=%2Bcreated_at", "422 after": "?after=1",
+		"422 user_id user_id": longest + "%F0%9F%99%82%00",
+		"422 limit":           "?limit=0 ?limit=1001 ?limit=65537 ?limit=+1", "422 completed": "?completed=1", "422 sort": "?sort=%2Bcreated_at", "422 after": "?after=1",
 		"422 after colour completed limit sort user_id": "?colour=red&user_id=&completed=1&sort=title&limit=0&after=1",
 	} {
 		for query := range strings.FieldsSeq(queries) {
@@ -661,6 +662,7 @@ func TestSlowBody(t *testing.T) {
 		{"stops", short, nil, "408"},
 		{"stops in a chunk", chunked + "5\r\n{\"tit", nil, "408"},
 		{"stops between chunks", chunked + "5\r\n{\"tit\r\n", nil, "408"},
+		{"stops, of a GET", "GET /api/tasks HTTP/1.1\r\nHost: h\r\nContent-Length: 13\r\n\r\n{", nil, "408"},
 		{"breaks off", short, func(_ *api, c *rawConn) { c.Conn.(*net.TCPConn).CloseWrite() }, "499"},
 		{"is not in chunks", chunked + "x\r\n", nil, "400"},
 	} {

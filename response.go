@@ -72,20 +72,20 @@ func (rt *route) respond(w http.ResponseWriter, r *http.Request) (res *response,
 	if !rt.h.hostServed(r.Host) {
 		return nil, refuse(http.StatusMisdirectedRequest, "The Host %q is not served here; ALLOWED_HOSTS names those that are.", r.Host)
 	}
-	var csrf http.CrossOriginProtection
-	if rt.pattern != noRoute && !rt.h.originNamed(r) && csrf.Check(r) != nil {
+	if rt.pattern != noRoute && !rt.h.originNamed(r) && new(http.CrossOriginProtection).Check(r) != nil {
 		return nil, refuse(http.StatusForbidden, "The origin %q may not send this request: CORS_ORIGINS does not name it, and it differs from the Host, %q.",
 			r.Header.Get("Origin"), r.Host)
 	}
 	return rt.serve(w, r)
 }
 
-// closeUnread makes net/http close the connection after the response instead of
-// reading the rest of the body, for which it would set no deadline. Exceeding a
-// limit makes it wait before it closes: it would reset the connection, and the
-// client might lose the response (golang.org/issue/3595).
+// closeUnread makes net/http close the connection soon after the response. It
+// would read the rest of the body first, for as long as the server's ReadTimeout.
+// Exceeding a limit makes it wait before it closes: it would reset the connection,
+// and the client might lose the response (golang.org/issue/3595).
 func closeUnread(w http.ResponseWriter) {
 	w.Header().Set("Connection", "close")
+	_ = http.NewResponseController(w).SetReadDeadline(time.Now().Add(time.Second))
 	_, _ = io.Copy(io.Discard, http.MaxBytesReader(w, io.NopCloser(strings.NewReader("too much")), 0))
 }
 
@@ -148,7 +148,7 @@ func refuse(status int, format string, args ...any) *problem {
 	return &problem{Type: "about:blank", Title: title, Status: status, Detail: fmt.Sprintf(format, args...)}
 }
 
-// with adds a header field to the response.
+// with sets the header field that the response has besides those of all problems.
 func (p *problem) with(name, value string) *problem {
 	p.header = http.Header{http.CanonicalHeaderKey(name): {value}}
 	return p
@@ -211,14 +211,6 @@ func newResponse(mediaType, cacheControl string, body []byte) *response {
 	return &response{http.StatusOK, http.Header{"Content-Type": {mediaType}, "Cache-Control": {cacheControl}}, body}
 }
 
-// changed returns the response with a row, and err.
-func changed[T resource](row T, err error) (*response, error) {
-	_, _, version := row.identity()
-	res := newResponse(mediaTypeJSON, "no-cache", append(row.appendJSON(make([]byte, 0, 512)), '\n'))
-	res.header["Etag"] = []string{etag(version)}
-	return res, err
-}
-
 // created returns the response to a creation, and err.
 func created[T resource](r *request, row T, replayed bool, err error) (*response, error) {
 	res, err := changed(row, err)
@@ -227,17 +219,6 @@ func created[T resource](r *request, row T, replayed bool, err error) (*response
 	res.header.Set("Location", r.path+"/"+id)
 	if replayed {
 		res.header.Set("Idempotency-Replayed", "true")
-	}
-	return res, err
-}
-
-// fetched returns the response to a GET with its conditions, and err.
-func fetched[T resource](r *request, row T, err error) (*response, error) {
-	res, err := changed(row, err)
-	_, _, version := row.identity()
-	if r.target.excludes(version) {
-		res.status, res.body = http.StatusNotModified, nil
-		res.header.Del("Content-Type")
 	}
 	return res, err
 }
@@ -255,5 +236,24 @@ func listed[T resource](r *request, rows []T, more bool, err error) (*response, 
 		r.query.Set("after", last)
 		res.header.Set("Link", "<"+r.path+"?"+r.query.Encode()+`>; rel="next"`)
 	}
+	return res, err
+}
+
+// fetched returns the response to a GET with its conditions, and err.
+func fetched[T resource](r *request, row T, err error) (*response, error) {
+	res, err := changed(row, err)
+	_, _, version := row.identity()
+	if r.target.excludes(version) {
+		res.status, res.body = http.StatusNotModified, nil
+		res.header.Del("Content-Type")
+	}
+	return res, err
+}
+
+// changed returns the response with a row, and err.
+func changed[T resource](row T, err error) (*response, error) {
+	_, _, version := row.identity()
+	res := newResponse(mediaTypeJSON, "no-cache", append(row.appendJSON(make([]byte, 0, 512)), '\n'))
+	res.header["Etag"] = []string{etag(version)}
 	return res, err
 }

@@ -31,11 +31,11 @@ DECLARE
     -- Per task they cost about 40 bytes (completed) and 60 to 70 bytes (user_id)
     -- each, and one insertion each at creation. An update that changes completed
     -- writes to all of them. Measured alternatives: partial indexes (WHERE
-    -- completed, WHERE NOT completed) make it no cheaper; without (user_id, id)
-    -- it is, but each of a user's pages is merged from two ranges.
+    -- completed, WHERE NOT completed) make it no cheaper. To leave out
+    -- (user_id, id) does, but then each page of a user is merged from two ranges.
     --
-    -- An Idempotency-Key belongs to an owner. Tasks without an owner share one,
-    -- for which the empty string stands: no user_id is empty. (NULLS NOT
+    -- An Idempotency-Key belongs to an owner. Tasks without an owner share the
+    -- empty string, which is no user_id. (NULLS NOT
     -- DISTINCT would say it better, but PostgreSQL 14 lacks it.)
     indexes_needed CONSTANT text[] := ARRAY[
         'CREATE UNIQUE INDEX tasks_id ON tasks USING btree (id)', -- or the primary key
@@ -81,7 +81,7 @@ BEGIN
         -- leaves the indexes valid.
         --
         -- Most are those of a domain, which PostgreSQL checks when a column of
-        -- that type is assigned. A table's own constraints it reads and checks for
+        -- that type is assigned. It reads and checks a table's own constraints for
         -- every UPDATE, whatever that changes: with 11 of them, completing a task
         -- took PostgreSQL a third longer.
         --

@@ -76,7 +76,7 @@ func (s *Server) setConnState(c net.Conn, state http.ConnState) {
 }
 
 // Serve is like [http.Server.Serve]. It returns [http.ErrServerClosed] as soon as
-// Shutdown has closed l; the other methods that listen return l's error then.
+// Shutdown has closed l; ListenAndServe does not call it, and returns l's error.
 func (s *Server) Serve(l net.Listener) error {
 	s.serving.Add(1)
 	defer s.serving.Add(-1)
@@ -127,8 +127,8 @@ func (s *Server) Shutdown(ctx context.Context) error {
 }
 
 // closeListeners closes the listeners while new requests wait. Closing resets
-// connections that are not yet accepted; clients that wait for a response open
-// none.
+// connections that are not yet accepted, and a client that waits for a response
+// opens no new one.
 func (s *Server) closeListeners() {
 	s.mu.Lock()
 	for range 10 { // in steps, so that a process that was suspended reads what has arrived

@@ -1,7 +1,7 @@
 package main
 
 // store.go keeps tasks in PostgreSQL: the SQL, operation by operation, and below
-// it what all tables share. Each operation is one statement, so PostgreSQL
+// it what all tables share. Each change is one statement, so PostgreSQL
 // applies it whole or not at all. {schema} in a statement stands for the schema
 // of the tables, because search_path may be another client's behind a pooler.
 
@@ -37,15 +37,15 @@ type Store struct {
 // not change afterwards.
 func NewStore(db *sql.DB) *Store {
 	d := &database{db: db, turns: make(chan struct{}, cmp.Or(db.Stats().MaxOpenConnections, math.MaxInt32))}
-	return &Store{d, newTable(d, "tasks", "id uuid, user_id text, title text, description text, completed boolean, "+
-		"version bigint, created_at timestamptz, updated_at timestamptz", func(t *Task) []any {
+	return &Store{d, newTable(d, "tasks", "id uuid, user_id text, title text, description text, completed boolean, version bigint, created_at timestamptz, updated_at timestamptz", func(t *Task) []any {
 		return []any{&t.ID, &t.UserID, &t.Title, &t.Description, &t.Completed, &t.Version, &t.CreatedAt, &t.UpdatedAt}
 	})}
 }
 
 // Migrate applies schema.sql, or says what the service needs and does not find.
 // Any number of starts may run it at once, and a complete schema is left as it
-// is. [ErrUnavailable] may pass: the database is out of reach, or the table locked.
+// is. After [ErrUnavailable], try again: the database is out of reach, or the table
+// locked.
 func (s *Store) Migrate(ctx context.Context) error {
 	// A start that has waited for another one must see what that has committed.
 	_, err := s.db.ExecContext(ctx, "SET TRANSACTION ISOLATION LEVEL READ COMMITTED; "+schema)
@@ -83,8 +83,7 @@ func (s *Store) List(ctx context.Context, f Filter) ([]Task, bool, error) {
 	return s.tasks.list(ctx, f)
 }
 
-// Get returns a task. It leaves NoneMatch to the caller, who has no use for
-// the task then.
+// Get returns a task. It ignores NoneMatch: to its caller a match is no error.
 func (s *Store) Get(ctx context.Context, t Target) (Task, error) { return s.tasks.get(ctx, t) }
 
 // Patch changes the members that the patch has. An empty patch changes nothing.
@@ -160,8 +159,8 @@ func (d *database) qualify(ctx context.Context, text string) (string, error) {
 	return strings.ReplaceAll(text, "{schema}", *name), nil
 }
 
-// statement is a statement that is written in pieces. Conditions that do not
-// apply are left out, so PostgreSQL does not have to plan them.
+// statement holds the arguments of a statement that is written in pieces.
+// Conditions that do not apply are left out, so PostgreSQL does not plan them.
 type statement struct{ args []any }
 
 // bind adds an argument and returns its placeholder.
@@ -194,7 +193,7 @@ type table[T resource] struct {
 	*database
 	fields    func(*T) []any // pointers to the fields of a value, in the order of the columns
 	selects   string         // SELECT … FROM
-	inserts   string         // INSERT of a JSON array of rows, which are arrays, with a key and its digest
+	inserts   string         // INSERT of $1, a JSON array with an array for each row; $2 is the key, $3 its digest
 	onRepeat  string         // what happens when the key exists
 	returning string
 	fetches   *batcher[string, []T] // a result has one row, or none
@@ -233,11 +232,14 @@ func (t *table[T]) create(ctx context.Context, row T, key string, content any) (
 	}
 	text, _ := json.Marshal(content) // cannot fail: texts, numbers and booleans
 	digest := sha256.Sum256(text)
-	rows, err := t.rows(ctx, t.inserts+t.onRepeat+t.returning, t.records([]T{row}), key, digest[:])
 	own, owner, _ := row.identity()
-	if err == nil && len(rows) == 0 {
-		if rows, err = t.rows(ctx, t.selects+" WHERE coalesce(user_id, '') = coalesce($1, '') AND idempotency_key = $2", owner, key); len(rows) > 0 {
-			err = ErrKeyReused
+	var rows []T
+	for try := 0; err == nil && len(rows) == 0 && try < 2; try++ { // once more if a row with the key is deleted in between
+		rows, err = t.rows(ctx, t.inserts+t.onRepeat+t.returning, t.records([]T{row}), key, digest[:])
+		if err == nil && len(rows) == 0 {
+			if rows, err = t.rows(ctx, t.selects+" WHERE coalesce(user_id, '') = coalesce($1, '') AND idempotency_key = $2", owner, key); len(rows) > 0 {
+				err = ErrKeyReused
+			}
 		}
 	}
 	made, err = one(rows, err, errNotStored)
@@ -279,12 +281,12 @@ func (t *table[T]) records(rows []T) string {
 // list returns a page of rows and reports whether more follow.
 //
 // Each page is one range of one index: the filter's columns, then id. The
-// conditions leave the planner no other choice. With =, it assumes that matching
-// rows are spread evenly, and may walk another index past millions of others.
-// = ANY means the same, but then only the right index has the requested order.
-// That works for the first column only; the second needs a row comparison. The
-// planner estimates that by its first value, and may read and sort the whole
-// range; it cannot see a value in a subquery.
+// conditions leave the planner no other choice. For a plain =, it assumes that
+// matching rows are spread evenly, and may walk another index past millions of
+// others. = ANY means the same, but then only the right index has the requested
+// order. That works for the first column only, so the second is compared together
+// with id, as a row. The planner estimates such a comparison by its first value,
+// and might read and sort the whole range; it cannot see a value in a subquery.
 func (t *table[T]) list(ctx context.Context, f Filter) (rows []T, more bool, err error) {
 	beyond, until, order, start := ">", "<=", "", "00000000-0000-0000-0000-000000000000"
 	if f.Descending {
@@ -368,9 +370,9 @@ func (t *table[T]) change(ctx context.Context, target Target, q *statement, text
 	return row, ErrPrecondition
 }
 
-// rows runs a statement and scans the rows that it returns. When a connection is
-// lost, database/sql runs a statement again, even one that took effect, but never
-// on a pinned connection.
+// rows runs a statement and scans the rows that it returns. It pins a connection:
+// without one, database/sql would run the statement again when a connection is
+// lost, even if it took effect.
 //
 // It first waits for a turn. Turns come in the order of asking. database/sql
 // alone serves waiters in no order, so under load some would wait until their
@@ -397,12 +399,13 @@ func (t *table[T]) rows(ctx context.Context, text string, args ...any) (all []T,
 		return nil, err
 	}
 	defer func() { err = cmp.Or(err, rows.Close()) }()
-	all = []T{} // not nil: an empty page is []
+	var row T
+	fields := t.fields(&row)
 	for rows.Next() {
-		all = append(all, *new(T))
-		if err := rows.Scan(t.fields(&all[len(all)-1])...); err != nil {
+		if err := rows.Scan(fields...); err != nil {
 			return nil, err
 		}
+		all = append(all, row)
 	}
 	// The rows may arrive before the end of the transaction, and database/sql
 	// does not report the fate of a statement whose context ends in between.

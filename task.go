@@ -28,7 +28,7 @@ const (
 	maxDescription = 10_000
 )
 
-// Errors of a [Store], besides [InvalidError].
+// Errors of a [Store].
 var (
 	ErrNotFound     = errors.New("not found")
 	ErrPrecondition = errors.New("the version does not meet the condition")
@@ -58,7 +58,7 @@ type resource interface {
 
 func (t Task) identity() (id string, owner *string, version int64) { return t.ID, t.UserID, t.Version }
 
-// appendJSON is encoding/json without reflection, which took a quarter of the
+// appendJSON does not use encoding/json: its reflection took a quarter of the
 // time of a list.
 func (t Task) appendJSON(b []byte) []byte {
 	b = append(append(b, `{"id":"`...), t.ID...)
@@ -72,9 +72,9 @@ func (t Task) appendJSON(b []byte) []byte {
 	return append(b, '}')
 }
 
-// TaskDraft is what a client may say of a task when it creates it. Its JSON is
-// what an idempotency key remembers: a field that is added later must have the
-// option omitzero, so that keys stored before keep their meaning.
+// TaskDraft is what a client sends to create a task. A digest of its JSON is
+// stored with an idempotency key: a field that is added later must have the
+// option omitzero, so that older digests still match.
 type TaskDraft struct {
 	UserID      *string
 	Title       string
@@ -82,8 +82,7 @@ type TaskDraft struct {
 	Completed   bool
 }
 
-// TaskPatch is what a client wants to change of a task. The zero TaskPatch
-// changes nothing.
+// TaskPatch is a change of a task. The zero TaskPatch changes nothing.
 type TaskPatch struct {
 	Title       *string
 	Description Optional[string]
@@ -162,15 +161,6 @@ func decodeTaskPatch(body []byte) (TaskPatch, error) {
 	return d.task(optional), d.end()
 }
 
-// task takes the members that a client may set at any time.
-func (d *decoder) task(title presence) TaskPatch {
-	return TaskPatch{
-		Title:       d.text("title", title, titleViolations).Value,
-		Description: d.text("description", nullable, descriptionViolations),
-		Completed:   take[bool](d, "completed", optional, "must be true or false").Value,
-	}
-}
-
 // decodeCompletion decodes the body of a PATCH of the completion.
 func decodeCompletion(body []byte) (TaskPatch, error) {
 	d := newDecoder(body)
@@ -179,6 +169,15 @@ func decodeCompletion(body []byte) (TaskPatch, error) {
 		d.violations[i].Detail += "; or send no body"
 	}
 	return p, d.end()
+}
+
+// task takes the members that a client may set at any time.
+func (d *decoder) task(title presence) TaskPatch {
+	return TaskPatch{
+		Title:       d.text("title", title, titleViolations).Value,
+		Description: d.text("description", nullable, descriptionViolations),
+		Completed:   take[bool](d, "completed", optional, "must be true or false").Value,
+	}
 }
 
 // titleViolations says what is wrong with a title.
@@ -251,7 +250,7 @@ func (d *decoder) text(name string, p presence, violations func(string) []string
 }
 
 // take takes a member. wrongType is the detail for a value of another type. A
-// member that breaks a rule counts as absent.
+// member of the wrong type counts as absent.
 func take[T any](d *decoder, name string, p presence, wrongType string) Optional[T] {
 	text, ok := d.members[name]
 	delete(d.members, name)
@@ -276,7 +275,7 @@ func (d *decoder) violate(name, detail string) {
 }
 
 // end returns what is wrong with the body: its form, or else every broken rule.
-// A member that was not taken is unknown unless it is one that the service sets.
+// A member that was not taken is unknown unless it is read-only.
 func (d *decoder) end() error {
 	for _, name := range slices.Sorted(maps.Keys(d.members)) {
 		if !slices.Contains([]string{"id", "user_id", "version", "created_at", "updated_at"}, name) {
