@@ -83,7 +83,13 @@ func (m *metrics) appendTo(b []byte, pool sql.DBStats) []byte {
 	}
 	b = appendMetric(b, "http_requests_in_flight", "Requests being served.", float64(m.inFlight.Load()))
 	b = append(append(b, requests...), durations...)
-	return appendRuntime(appendPool(b, pool))
+	b = appendMetric(b, "go_sql_max_open_connections", "Connections that may be open; 0 means any number.", float64(pool.MaxOpenConnections))
+	b = appendMetric(b, "go_sql_open_connections", "Open connections, in use or idle.", float64(pool.OpenConnections))
+	b = appendMetric(b, "go_sql_in_use_connections", "Connections in use.", float64(pool.InUse))
+	b = appendMetric(b, "go_sql_idle_connections", "Idle connections.", float64(pool.Idle))
+	b = appendMetric(b, "go_sql_wait_count_total", "Connections waited for.", float64(pool.WaitCount))
+	b = appendMetric(b, "go_sql_wait_duration_seconds_total", "Time spent waiting for connections.", pool.WaitDuration.Seconds())
+	return appendRuntime(b)
 }
 
 // appendMetric appends a metric with one sample. It is a counter if its name ends
@@ -95,16 +101,6 @@ func appendMetric(b []byte, name, help string, v float64) []byte {
 	}
 	b = fmt.Appendf(b, "# HELP %s %s\n# TYPE %[1]s %[3]s\n%[1]s ", name, help, kind)
 	return append(strconv.AppendFloat(b, v, 'f', -1, 64), '\n')
-}
-
-// appendPool appends the state of the connection pool.
-func appendPool(b []byte, s sql.DBStats) []byte {
-	b = appendMetric(b, "go_sql_max_open_connections", "Connections that may be open; 0 means any number.", float64(s.MaxOpenConnections))
-	b = appendMetric(b, "go_sql_open_connections", "Open connections, in use or idle.", float64(s.OpenConnections))
-	b = appendMetric(b, "go_sql_in_use_connections", "Connections in use.", float64(s.InUse))
-	b = appendMetric(b, "go_sql_idle_connections", "Idle connections.", float64(s.Idle))
-	b = appendMetric(b, "go_sql_wait_count_total", "Connections waited for.", float64(s.WaitCount))
-	return appendMetric(b, "go_sql_wait_duration_seconds_total", "Time spent waiting for connections.", s.WaitDuration.Seconds())
 }
 
 // appendRuntime appends the state of the Go runtime, as far as it can be read

@@ -79,13 +79,14 @@ func (rt *route) respond(w http.ResponseWriter, r *http.Request) (res *response,
 	return rt.serve(w, r)
 }
 
-// closeUnread makes net/http close the connection soon after the response. It
-// would read the rest of the body first, for as long as the server's ReadTimeout.
-// Exceeding a limit makes it wait before it closes: it would reset the connection,
-// and the client might lose the response (golang.org/issue/3595).
+// closeUnread makes net/http close the connection after the response. Before that,
+// net/http reads some of the rest of the body, here for a few seconds instead of
+// the server's ReadTimeout. Exceeding a limit makes it wait before it closes: it
+// would reset the connection, and the client might lose the response
+// (golang.org/issue/3595).
 func closeUnread(w http.ResponseWriter) {
 	w.Header().Set("Connection", "close")
-	_ = http.NewResponseController(w).SetReadDeadline(time.Now().Add(time.Second))
+	_ = http.NewResponseController(w).SetReadDeadline(time.Now().Add(3 * time.Second))
 	_, _ = io.Copy(io.Discard, http.MaxBytesReader(w, io.NopCloser(strings.NewReader("too much")), 0))
 }
 

@@ -10,6 +10,7 @@ import (
 	"math/rand/v2"
 	"net"
 	"net/http"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -120,17 +121,25 @@ func TestShutdownTimeout(t *testing.T) {
 func TestShutdownIdleClients(t *testing.T) {
 	t.Parallel()
 	for _, sent := range []string{"", "POST /healthz HTTP/1.1\r\nHost: h\r\nContent-Length: 13\r\n\r\n", "POST /nope HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: chunked\r\n\r\n"} {
-		a := newAPI(t, Options{})
-		server, _ := a.serve(a.Handler)
-		if c := a.sendRaw(sent); sent != "" {
-			c.answer("POST")
-		}
-		a.do("GET", "/healthz", "") // on a later connection: the first one has been accepted
-		ctx, cancel := context.WithTimeout(t.Context(), 3*time.Second)
-		defer cancel()
-		if err := server.Shutdown(ctx); err != nil {
-			t.Errorf("%q: %v", sent, err)
-		}
+		t.Run(sent, func(t *testing.T) {
+			t.Parallel()
+			a := newAPI(t, Options{})
+			server, _ := a.serve(a.Handler)
+			conn, err := net.Dial("tcp", strings.TrimPrefix(a.url, "http://"))
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer conn.Close()
+			if io.WriteString(conn, sent); sent != "" {
+				conn.Read(make([]byte, 1))
+			}
+			a.do("GET", "/healthz", "") // on a later connection: the first one has been accepted
+			ctx, cancel := context.WithTimeout(t.Context(), promptly)
+			defer cancel()
+			if err := server.Shutdown(ctx); err != nil {
+				t.Error(err)
+			}
+		})
 	}
 }
 
