@@ -1098,6 +1098,22 @@ func TestIdempotencyKey(t *testing.T) {
 	}
 }
 
+// A key whose task is deleted meanwhile is a new one.
+func TestIdempotencyKeyDeletedMeanwhile(t *testing.T) {
+	t.Parallel()
+	a := newAPI(t, Options{RequestTimeout: patience})
+	together(4, func(i int) {
+		for range 300 {
+			got := a.do("POST", "/api/tasks", fmt.Sprintf(`{"title":"%d"}`, i), "Idempotency-Key", "k")
+			if got.StatusCode == 201 {
+				a.do("DELETE", got.Header.Get("Location"), "")
+			} else {
+				a.want(422, got)
+			}
+		}
+	})
+}
+
 func TestIdempotencyKeyLivesWithItsTask(t *testing.T) {
 	t.Parallel()
 	a := newAPI(t, Options{})

@@ -15,6 +15,7 @@ import (
 	"errors"
 	"fmt"
 	"math"
+	"regexp"
 	"slices"
 	"strconv"
 	"strings"
@@ -194,8 +195,8 @@ type table[T resource] struct {
 	fields    func(*T) []any // pointers to the fields of a value, in the order of the columns
 	selects   string         // SELECT … FROM
 	inserts   string         // INSERT of $1, a JSON array with an array for each row; $2 is the key, $3 its digest
-	onRepeat  string         // what happens when the key exists
 	returning string
+	onRepeat  string                // what happens when the key exists: version 0 if the digest differs
 	fetches   *batcher[string, []T] // a result has one row, or none
 	creations *batcher[T, []T]
 }
@@ -210,14 +211,14 @@ func newTable[T resource](d *database, name, columns string, fields func(*T) []a
 	}
 	list := strings.Join(names, ", ")
 	t.selects = "SELECT " + list + " FROM {schema}." + name
-	t.inserts = "INSERT INTO {schema}." + name + " AS old (" + list + ", idempotency_key, idempotency_digest)" +
+	t.inserts = "INSERT INTO {schema}." + name + " (" + list + ", idempotency_key, idempotency_digest)" +
 		" SELECT " + strings.Join(values, ", ") + ", $2::text, $3::bytea FROM jsonb_array_elements($1) AS new"
+	t.returning = " RETURNING " + list
 	// The update changes nothing. It makes the statement return a row that
 	// another statement, perhaps still running, has inserted.
 	t.onRepeat = " ON CONFLICT (coalesce(user_id, ''), idempotency_key) WHERE idempotency_key IS NOT NULL" +
 		" DO UPDATE SET idempotency_key = excluded.idempotency_key" +
-		" WHERE old.idempotency_digest = excluded.idempotency_digest"
-	t.returning = " RETURNING " + list
+		regexp.MustCompile(`\bversion\b`).ReplaceAllLiteralString(t.returning, "CASE WHEN idempotency_digest = $3 THEN version ELSE 0 END")
 	mayRepeat := func(err error) bool { return !errors.Is(err, ErrUnavailable) }
 	t.fetches, t.creations = newBatcher(t.fetchAll, mayRepeat), newBatcher(t.createAll, mayRepeat)
 	return t
@@ -232,18 +233,13 @@ func (t *table[T]) create(ctx context.Context, row T, key string, content any) (
 	}
 	text, _ := json.Marshal(content) // cannot fail: texts, numbers and booleans
 	digest := sha256.Sum256(text)
-	own, owner, _ := row.identity()
-	var rows []T
-	for try := 0; err == nil && len(rows) == 0 && try < 2; try++ { // once more if a row with the key is deleted in between
-		rows, err = t.rows(ctx, t.inserts+t.onRepeat+t.returning, t.records([]T{row}), key, digest[:])
-		if err == nil && len(rows) == 0 {
-			if rows, err = t.rows(ctx, t.selects+" WHERE coalesce(user_id, '') = coalesce($1, '') AND idempotency_key = $2", owner, key); len(rows) > 0 {
-				err = ErrKeyReused
-			}
-		}
-	}
+	rows, err := t.rows(ctx, t.inserts+t.onRepeat, t.records([]T{row}), key, digest[:])
 	made, err = one(rows, err, errNotStored)
-	id, _, _ := made.identity()
+	own, _, _ := row.identity()
+	id, _, version := made.identity()
+	if err == nil && version == 0 {
+		err = ErrKeyReused
+	}
 	return made, id != own, err
 }
 
