@@ -114,28 +114,28 @@ type value struct {
 // overrides.
 func variables(c *config) []variable {
 	return []variable{
-		{"DATABASE_URL", "", "PostgreSQL to use: a URL, or keywords and values, as libpq reads them; unset: a private one, kept in " + localDir, text(&c.databaseURL, "", "")},
+		{"DATABASE_URL", "", "PostgreSQL to use: a URL, or keywords and values, as libpq reads them; unset: a private one, kept in " + localDir, matching(&c.databaseURL, "", "")},
 		{"PORT", "", "port to listen on, on all interfaces; ADDR overrides it",
 			value{"a port number", func(port string) bool { c.addr = ":" + port; return isAddr(c.addr) }}},
 		{"ADDR", "localhost:8080", "address to listen on",
 			value{"host:port or :port", func(addr string) bool { c.addr = addr; return isAddr(addr) }}},
 		{"DB_MAX_CONNS", "10", "connections to PostgreSQL", number(&c.maxConns, 10_000)},
 		{"DB_PREPARE", "auto", "prepare statements: auto (on direct connections), true or false; true behind a transaction-mode pooler destroys data",
-			text(&c.prepare, "auto, true or false", "auto|true|false")},
+			matching(&c.prepare, "auto, true or false", "auto|true|false")},
 		{"REQUEST_TIMEOUT", "5s", "deadline of one request, at most 45s", duration(&c.options.RequestTimeout, 1, maxRequestTimeout)},
 		{"MAX_IN_FLIGHT", "1000", "API requests served at once; one more is 503", number(&c.options.MaxInFlight, 1_000_000)},
 		{"SHUTDOWN_DELAY", "0s", "how long a stop goes on accepting requests, with /readyz 503", duration(&c.shutdownDelay, 0, time.Hour)},
 		{"SHUTDOWN_TIMEOUT", "10s", "how long it then waits for requests in flight", duration(&c.shutdownTimeout, 1, time.Hour)},
-		{"USER_HEADER", "", "header in which an authenticating proxy passes the user, such as X-Forwarded-User", text(&c.userHeader, "the name of a header", "[A-Za-z0-9!#$%&'*+.^_`|~-]+")},
+		{"USER_HEADER", "", "header in which an authenticating proxy passes the user, such as X-Forwarded-User", matching(&c.userHeader, "the name of a header", "[A-Za-z0-9!#$%&'*+.^_`|~-]+")},
 		{"ALLOWED_HOSTS", "", "names that requests may have as Host, separated by commas, or *; unset: localhost on a loopback address, any on others",
 			list(&c.options.Hosts, "host names without port", isHost)},
 		{"PATH_PREFIX", "", "path below which clients see the service and which a proxy removes, such as /todo",
-			text(&c.options.Prefix, "a path such as /todo, without a slash at its end", "(/([A-Za-z0-9._~!$&'()*+,;=:@-]|%[0-9A-Fa-f]{2})+)+")},
+			matching(&c.options.Prefix, "a path such as /todo, without a slash at its end", "(/([A-Za-z0-9._~!$&'()*+,;=:@-]|%[0-9A-Fa-f]{2})+)+")},
 		{"CORS_ORIGINS", "", "origins whose pages may use the API, separated by commas, or *",
 			list(&c.options.CORSOrigins, "origins such as https://example.com, as browsers send them", isOrigin)},
-		{"LOG_LEVEL", "info", "debug, info, warn or error", text(&c.logLevel, "debug, info, warn or error", "(?i)debug|info|warn|error")},
-		{"LOG_FORMAT", "text", "text or json", text(&c.logFormat, "text or json", "text|json")},
-		{"PG_BIN", "", "directory of the private PostgreSQL's programs; unset: searched for", text(&c.pgBin, "", "")},
+		{"LOG_LEVEL", "info", "debug, info, warn or error", matching(&c.logLevel, "debug, info, warn or error", "(?i)debug|info|warn|error")},
+		{"LOG_FORMAT", "text", "text or json", matching(&c.logFormat, "text or json", "text|json")},
+		{"PG_BIN", "", "directory of the private PostgreSQL's programs; unset: searched for", matching(&c.pgBin, "", "")},
 	}
 }
 
@@ -178,8 +178,8 @@ func configure(getenv func(string) string, out io.Writer) (cfg config, err error
 	return cfg, nil
 }
 
-// text is a value that matches a regular expression; "" matches any.
-func text(field *string, want, expression string) value {
+// matching is a value that matches a regular expression; "" matches any.
+func matching(field *string, want, expression string) value {
 	return value{want, func(text string) bool {
 		*field = text
 		return expression == "" || matches(text, expression)
