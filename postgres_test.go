@@ -121,6 +121,7 @@ func TestParseURLAsLibpq(t *testing.T) {
 		"PGHOST=db.example.com host='' user=a":                             "host=localhost user=a",
 		"postgres://a+b:c+d@localhost/e+f?application_name=g+h":            "user=a+b password=c+d host=localhost dbname=e+f application_name=g+h",
 		"postgres://alice%40corp:%2F%3f%23%25%3A%20%27%5C@localhost/a%2Fb": `user=alice@corp password='/?#%: \'\\' host=localhost dbname=a/b`,
+		"postgres://alice@localhost?ssl=true":                              "user=alice host=localhost sslmode=require",
 		"postgres://alice@localhost?options=endpoint=x":                    "user=alice host=localhost options=endpoint=x",
 		services:                "host=prod.example.com hostaddr=192.0.2.1 port=6543 user=bob password=s3cret sslmode=disable",
 		services + "user=alice": "user=alice host=localhost",

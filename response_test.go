@@ -5,6 +5,9 @@ package main
 
 import (
 	"bytes"
+	"context"
+	"database/sql"
+	"errors"
 	"fmt"
 	"io"
 	"maps"
@@ -297,6 +300,31 @@ func TestClientGone(t *testing.T) {
 }
 
 // Log and metrics
+
+// So it is with HTTP/2, where a stream is reset.
+func TestClientGoneHTTP2(t *testing.T) {
+	t.Parallel()
+	a := newAPI(t, Options{})
+	server := httptest.NewUnstartedServer(a.Handler)
+	server.EnableHTTP2 = true
+	server.StartTLS()
+	defer server.Close()
+	ctx, cancel := context.WithCancel(t.Context())
+	body, sender := io.Pipe()
+	go func() {
+		io.WriteString(sender, "{")
+		waitFor(t, "the request to arrive", func() bool { return a.Handler.metrics.inFlight.Load() == 1 })
+		cancel()
+	}()
+	req, _ := http.NewRequestWithContext(ctx, "POST", server.URL+"/api/tasks", body)
+	req.Header.Set("Content-Type", "application/json")
+	if resp, err := server.Client().Do(req); !errors.Is(err, context.Canceled) {
+		t.Errorf("%v, %v", resp, err)
+	}
+	waitFor(t, "its status", func() bool {
+		return bytes.Contains(a.Handler.metrics.appendTo(nil, sql.DBStats{}), []byte(`method="POST",status="499"} 1`))
+	})
+}
 
 // One line a request, with what the contract names and never a body.
 func TestLog(t *testing.T) {
