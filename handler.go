@@ -231,7 +231,8 @@ func (h *Handler) root(http.ResponseWriter, *http.Request) (*response, error) {
 }
 
 // newPage returns a document that does not change while the service runs. Its
-// lines end in LF, whatever the checkout has: browsers hash its script like that.
+// lines end in LF, whatever the checkout has: browsers convert them before they
+// hash the script.
 func newPage(mediaType string, body []byte) *response {
 	body = bytes.ReplaceAll(bytes.ReplaceAll(body, []byte("\r\n"), []byte("\n")), []byte("\r"), []byte("\n"))
 	page := newResponse(mediaType, "no-cache", body)

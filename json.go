@@ -40,7 +40,7 @@ var jsonEscape = regexp.MustCompile(`\\(?:u[dD][89abAB]..\\u[dD][c-fC-F]..|(u[dD
 // checkNames returns an error if an object in a valid JSON text has the same
 // name twice. A [json.Decoder] would take 20 times as long.
 func checkNames(text []byte) error {
-	var scopes []map[string]bool // the names in each object, and array, around text[i]
+	var scopes []map[string]bool // the names in the objects around text[i]; none in an array
 	for i := 0; i < len(text); i++ {
 		switch text[i] {
 		case '{', '[':
@@ -86,7 +86,7 @@ func appendString(b []byte, s *string) []byte {
 }
 
 // appendTime appends a time in UTC, always with six fractional digits, so that
-// strings sort as times do. AppendFormat is fast for RFC3339, but not for that.
+// strings sort as times do. AppendFormat is slow for other formats than RFC3339.
 func appendTime(b []byte, t time.Time) []byte {
 	b = t.UTC().AppendFormat(append(b, '"'), time.RFC3339)
 	point := len(b) - len("Z")

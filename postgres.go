@@ -57,8 +57,9 @@ import (
 func OpenDB(url string) (*sql.DB, error) { return openDB(url, "auto") }
 
 // openDB is OpenDB with a choice of the connections that prepare: all ("true"),
-// none ("false"), or those that are direct ("auto"). Behind a pooler that lends a server connection
-// for one transaction, a client's prepared statement may be another's.
+// none ("false"), or those that are direct ("auto"). Behind a pooler that lends a
+// server connection for one transaction, a client's prepared statement may be
+// another's.
 func openDB(url, prepare string) (*sql.DB, error) {
 	cfg, err := parseURL(url)
 	if err != nil {
@@ -79,9 +80,11 @@ func parseURL(connString string) (cfg pq.Config, err error) {
 	if err != nil {
 		return cfg, err
 	}
-	if _, named := set["service"]; named && len(set) > 1 {
+	_, named := set["service"]
+	if named && len(set) > 1 {
 		return cfg, errors.New("service must be the only setting, because the service file would win over the others")
-	} else if !named && len(set) > 0 {
+	}
+	if !named && len(set) > 0 {
 		set["service"] = "" // or PGSERVICE would win (lib/pq#1344)
 	}
 	binding := cmp.Or(set["channel_binding"], "prefer")

@@ -52,9 +52,9 @@ type operation func(r *request) (*response, error)
 // the media types of its body; nil means that it ignores a body.
 func (h *Handler) api(do operation, params, accepts []string) endpoint {
 	return func(w http.ResponseWriter, r *http.Request) (*response, error) {
+		start := time.Now()
 		// The last tenth of the time is for the response, in case the database
 		// uses all the rest.
-		start := time.Now()
 		ctx, cancel := context.WithTimeout(r.Context(), h.opts.RequestTimeout/10*9)
 		defer cancel()
 		req := &request{Request: r.WithContext(ctx), path: h.opts.Prefix + strings.TrimSuffix(r.URL.EscapedPath(), "/")}

@@ -12,6 +12,7 @@ import (
 	"math/rand/v2"
 	"net"
 	"net/http"
+	"net/http/httptest"
 	"regexp"
 	"slices"
 	"strings"
@@ -678,6 +679,34 @@ func TestSlowBody(t *testing.T) {
 				t.Errorf("%s %s\n%s", got.Status, got.Header, got.body)
 			}
 		})
+	}
+}
+
+// deadlineRecorder records the deadline of a body.
+type deadlineRecorder struct {
+	*httptest.ResponseRecorder
+	deadline time.Time
+}
+
+func (w *deadlineRecorder) SetReadDeadline(deadline time.Time) error {
+	w.deadline = deadline
+	return nil
+}
+
+// The time of a body includes that of Authenticate.
+func TestBodyDeadline(t *testing.T) {
+	t.Parallel()
+	var asked time.Time
+	a := newAPI(t, Options{RequestTimeout: 10 * time.Second, Authenticate: func(*http.Request) (string, error) {
+		asked = time.Now()
+		return "alice", nil
+	}})
+	w := &deadlineRecorder{ResponseRecorder: httptest.NewRecorder()}
+	r := httptest.NewRequest("POST", "/api/tasks", strings.NewReader(`{"title":"a"}`))
+	r.Header.Set("Content-Type", "application/json")
+	a.Handler.ServeHTTP(w, r)
+	if w.Code != 201 || w.deadline.IsZero() || w.deadline.After(asked.Add(8*time.Second)) {
+		t.Errorf("status %d, asked at %v, the deadline is %v", w.Code, asked, w.deadline)
 	}
 }
 

@@ -38,7 +38,8 @@ type Store struct {
 // not change afterwards.
 func NewStore(db *sql.DB) *Store {
 	d := &database{db: db, turns: make(chan struct{}, cmp.Or(db.Stats().MaxOpenConnections, math.MaxInt32))}
-	return &Store{d, newTable(d, "tasks", "id uuid, user_id text, title text, description text, completed boolean, version bigint, created_at timestamptz, updated_at timestamptz", func(t *Task) []any {
+	return &Store{d, newTable(d, "tasks", "id uuid, user_id text, title text, description text, completed boolean, "+
+		"version bigint, created_at timestamptz, updated_at timestamptz", func(t *Task) []any {
 		return []any{&t.ID, &t.UserID, &t.Title, &t.Description, &t.Completed, &t.Version, &t.CreatedAt, &t.UpdatedAt}
 	})}
 }
@@ -196,7 +197,7 @@ type table[T resource] struct {
 	selects   string         // SELECT … FROM
 	inserts   string         // INSERT of $1, a JSON array with an array for each row; $2 is the key, $3 its digest
 	returning string
-	onRepeat  string                // what happens when the key exists: version 0 if the digest differs
+	onRepeat  string                // what happens when the key exists, and RETURNING
 	fetches   *batcher[string, []T] // a result has one row, or none
 	creations *batcher[T, []T]
 }
@@ -215,7 +216,8 @@ func newTable[T resource](d *database, name, columns string, fields func(*T) []a
 		" SELECT " + strings.Join(values, ", ") + ", $2::text, $3::bytea FROM jsonb_array_elements($1) AS new"
 	t.returning = " RETURNING " + list
 	// The update changes nothing. It makes the statement return a row that
-	// another statement, perhaps still running, has inserted.
+	// another statement, perhaps still running, has inserted. No row has version
+	// 0, so that stands for another digest.
 	t.onRepeat = " ON CONFLICT (coalesce(user_id, ''), idempotency_key) WHERE idempotency_key IS NOT NULL" +
 		" DO UPDATE SET idempotency_key = excluded.idempotency_key" +
 		regexp.MustCompile(`\bversion\b`).ReplaceAllLiteralString(t.returning, "CASE WHEN idempotency_digest = $3 THEN version ELSE 0 END")
