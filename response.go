@@ -100,7 +100,7 @@ func (h *Handler) setCORS(header http.Header, r *http.Request) {
 		header.Set("Access-Control-Allow-Origin", origin)
 		header.Set("Access-Control-Expose-Headers", "ETag, Link, Location, Retry-After, WWW-Authenticate, X-Request-ID, Idempotency-Replayed")
 	}
-	if slices.Contains(h.opts.CORSOrigins, origin) {
+	if origin != "*" && slices.Contains(h.opts.CORSOrigins, origin) {
 		header.Set("Access-Control-Allow-Credentials", "true")
 	}
 }

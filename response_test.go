@@ -107,7 +107,7 @@ func TestCORS(t *testing.T) {
 		{"off", off, []string{"", app}, false, ""},
 		{"named", named, []string{app}, true, "Origin"},
 		{"unnamed", named, []string{"", other, "https://APP.example", "http://app.example", app + ":8443", "https://x.app.example", app + ".evil.example", "null", "*"}, false, "Origin"},
-		{"all", all, []string{other, "null"}, true, "Origin"},
+		{"all", all, []string{other, "null", "*"}, true, "Origin"},
 		{"all, but no origin", all, []string{""}, false, "Origin"},
 	} {
 		for _, origin := range tt.origins {
