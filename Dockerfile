@@ -13,7 +13,7 @@ LABEL org.opencontainers.image.title="tasks" \
 COPY --from=build /etc/ssl/certs/ca-certificates.crt /etc/ssl/certs/
 COPY --from=build /tasks /tasks
 USER 65532:65532
-ENV ADDR=:8080
+ENV PORT=8080
 EXPOSE 8080
 HEALTHCHECK --interval=10s --timeout=3s CMD ["/tasks", "-healthcheck"]
 ENTRYPOINT ["/tasks"]

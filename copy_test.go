@@ -230,7 +230,7 @@ func TestAnyRouter(t *testing.T) {
 	}
 }
 
-// What a host does wrong is told, and ends when the host mends it.
+// A host's mistakes are reported, and end when the host corrects them.
 func TestHostMistakes(t *testing.T) {
 	t.Parallel()
 	if err := NewStore(open(t, "host=127.0.0.1 port=1 user=a")).Migrate(t.Context()); !errors.Is(err, ErrUnavailable) {
@@ -243,8 +243,11 @@ func TestHostMistakes(t *testing.T) {
 			t.Errorf("unknown user: %s", got)
 		}
 	}
-	a.exec("DROP TABLE tasks")
 	a.log.expected.Store(true)
+	id := a.create(`{"title": "a"}`).ID
+	a.exec("CREATE TABLE comments (task uuid REFERENCES tasks); INSERT INTO comments SELECT id FROM tasks")
+	a.want(http.StatusInternalServerError, a.do("DELETE", "/api/tasks/"+id, "")) // not an unknown user
+	a.exec("DROP TABLE comments, tasks")
 	a.want(http.StatusInternalServerError, a.do("GET", "/api/tasks", ""))
 	if !strings.Contains(a.log.String(), `tasks\" does not exist`) {
 		t.Errorf("Migrate never called: %s", a.log)

@@ -23,6 +23,7 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
+	"net/url"
 	"os"
 	"os/signal"
 	"regexp"
@@ -35,8 +36,8 @@ import (
 )
 
 const (
-	startTimeout      = time.Minute      // for a database that is still starting
-	maxRequestTimeout = 45 * time.Second // leaves time to read the answer
+	startTimeout      = time.Minute                  // for a database that is still starting
+	maxRequestTimeout = writeTimeout - 5*time.Second // leaves time to send the response
 	localDir          = ".postgres"
 )
 
@@ -45,17 +46,18 @@ func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	context.AfterFunc(ctx, stop) // so that a second signal ends the program at once
 	if os.Getenv("GOGC") == "" && os.Getenv("GOMEMLIMIT") == "" {
-		debug.SetGCPercent(250) // faster than 100, for less memory under load than 400
+		debug.SetGCPercent(250) // collects less often than Go's 100, for more memory under load
 	}
 	err := run(ctx, os.Args[1:], os.Getenv, os.Stdout)
 	if err == nil {
 		return
 	}
 	fmt.Fprintln(os.Stderr, "tasks:", err)
+	code := 1
 	if _, ok := errors.AsType[usageError](err); ok {
-		os.Exit(2)
+		code = 2
 	}
-	os.Exit(1)
+	os.Exit(code)
 }
 
 // usageError is an error of the arguments or the environment.
@@ -95,7 +97,7 @@ type config struct {
 	maxConns                        int
 	shutdownTimeout, shutdownDelay  time.Duration
 	options                         Options
-	hints                           io.Writer // where a person is told what to do next; not nil
+	hints                           io.Writer // for hints to a person at the terminal; not nil
 }
 
 // variable is an environment variable that sets something.
@@ -110,8 +112,8 @@ type value struct {
 	set  func(text string) (ok bool)
 }
 
-// variables returns all of them. They set c. ADDR comes after PORT, which it
-// overrides.
+// variables returns the variables of the program. Each sets a field of c. ADDR
+// comes after PORT because it overrides it.
 func variables(c *config) []variable {
 	return []variable{
 		{"DATABASE_URL", "", "PostgreSQL to use: a URL, or keywords and values, as libpq reads them; unset: a private one, kept in " + localDir,
@@ -204,7 +206,7 @@ func duration(field *time.Duration, least, most time.Duration) value {
 	}}
 }
 
-// list is values that are separated by commas, and perhaps spaces.
+// list is values that are separated by commas or spaces.
 func list(field *[]string, want string, valid func(string) bool) value {
 	return value{"* or " + want + ", separated by commas", func(text string) bool {
 		*field = strings.FieldsFunc(text, func(r rune) bool { return r == ',' || r == ' ' })
@@ -246,9 +248,9 @@ func userHeader(name string) func(*http.Request) (string, error) {
 
 // checkHealth asks the service at addr whether it is up.
 func checkHealth(addr string) error {
-	req, _ := http.NewRequest(http.MethodGet, serviceURL(addr)+"/healthz", nil)   // cannot fail: addr is valid
-	req.Host = "localhost"                                                        // which is always served
-	client := http.Client{Timeout: 2 * time.Second, Transport: &http.Transport{}} // through no proxy
+	host := strings.TrimPrefix(serviceURL(addr), "http://")
+	req := &http.Request{URL: &url.URL{Scheme: "http", Host: host, Path: "/healthz"}, Host: "localhost"} // which is always served
+	client := http.Client{Timeout: 2 * time.Second, Transport: &http.Transport{}}                        // through no proxy
 	resp, err := client.Do(req)
 	if err != nil {
 		return err
@@ -361,9 +363,8 @@ func migrate(ctx context.Context, store *Store, log *slog.Logger) error {
 	}
 }
 
-// logWriter writes lines in the background, so that a reader of the log that
-// does not read holds up neither requests nor a stop. Lines that find 10,000
-// others waiting are lost.
+// logWriter writes lines in the background, so that a blocked log delays neither
+// requests nor a stop. While 10,000 lines are waiting, further ones are lost.
 type logWriter chan []byte
 
 // newLogWriter also returns flush, which waits until the lines so far are

@@ -461,6 +461,7 @@ func TestExitCodes(t *testing.T) {
 		{"port in use", nil, settings{"DATABASE_URL": newDatabase(t), "ADDR": running.addr()}, 1, `^tasks: .*address already in use \(ADDR or PORT chooses another address\)`},
 		{"healthy", []string{"-healthcheck"}, settings{"ADDR": running.addr()}, 0, `^$`},
 		{"not healthy", []string{"-healthcheck"}, settings{"ADDR": "127.0.0.1:1"}, 1, `^tasks: .*connection refused`},
+		{"no such address", []string{"-healthcheck"}, settings{"ADDR": "a b:1"}, 1, `^tasks: .*a b`},
 		{"not by a proxy", []string{"-healthcheck"}, settings{"ADDR": "192.0.2.1:80", "HTTP_PROXY": running.url()}, 1, `^tasks: Get "http://192.0.2.1:80/`},
 	} {
 		t.Run(test.name, func(t *testing.T) {

@@ -31,7 +31,7 @@ import (
 
 // OpenDB returns a pool of connections to the PostgreSQL that url names. url is
 // a URL or a string of keywords and values, as libpq reads them (PostgreSQL's
-// manual, §34.1.1), with these differences:
+// manual, "Connection Strings"), with these differences:
 //
 //   - sslmode defaults to disable for a Unix socket or a loopback host, and to
 //     require for any other host;
@@ -203,8 +203,8 @@ func sqlState(err error) string {
 	return ""
 }
 
-// misconfigured matches what PgBouncer says of wrong settings and passwords. It
-// gives all its errors the SQLSTATE 08P01; the others may pass.
+// misconfigured matches PgBouncer's messages about wrong settings and passwords.
+// PgBouncer uses 08P01 for all its errors; the others may pass.
 var misconfigured = regexp.MustCompile(`startup parameter|authentication failed|no such (user|database)|rejected| required`)
 
 // passing matches what lib/pq says of a standby or of a server that cannot fork.
@@ -223,7 +223,7 @@ func transient(err error) bool {
 		return slices.Contains([]string{"08", "25", "40", "53", "57", "58"}, state[:2]) && !misconfigured.MatchString(err.Error()) ||
 			state == "55P03" || state == "XX000" && connecting
 	}
-	// A missing file and an alert of TLS look like a broken connection.
+	// A missing certificate file and a TLS alert look like a broken connection.
 	_, noFile := errors.AsType[*fs.PathError](err)
 	op, ok := errors.AsType[*net.OpError](err)
 	_, lost := errors.AsType[net.Error](err)
@@ -259,8 +259,8 @@ func (c *connector) Connect(ctx context.Context) (driver.Conn, error) {
 		timeout = min(timeout, time.Until(deadline))
 	}
 	cfg := c.cfg
-	cfg.ConnectTimeout = 0 // or lib/pq would remove the socket's deadline too early
-	lib, _ := pq.NewConnectorConfig(cfg)
+	cfg.ConnectTimeout = 0               // or lib/pq would remove the socket's deadline too early
+	lib, _ := pq.NewConnectorConfig(cfg) // cannot fail
 	// lib/pq tries the hosts in turn: a silent one leaves time for the others.
 	cn := &conn{connector: c, moves: c.moves.Load(), timeout: timeout / time.Duration(1+len(cfg.Multi))}
 	lib.Dialer(cn)
@@ -276,11 +276,12 @@ func (c *connector) Connect(ctx context.Context) (driver.Conn, error) {
 	if !cn.detach() {
 		err = cmp.Or(err, ctx.Err())
 	}
+	err = cmp.Or(err, cn.socket.SetDeadline(time.Time{}))
 	if err != nil {
 		_ = cn.Close()
 		return nil, &connectError{err}
 	}
-	return cn, cn.socket.SetDeadline(time.Time{})
+	return cn, nil
 }
 
 // How long a server may take.
@@ -321,11 +322,11 @@ type conn struct {
 	prepared  map[string]driver.StmtQueryContext // by query; nil: none are
 }
 
-// DialContext dials the server. When a statement's context ends, lib/pq dials once
-// more, to ask the server to cancel the statement. But a silent server does not
-// answer, and PostgreSQL ignores a request that arrives before the statement has
-// begun. So the connection then gets a deadline, and runs no other statement, which
-// the request could cancel.
+// DialContext dials the server: for Connect, and for lib/pq's request to cancel a
+// statement whose context has ended. A silent server does not answer that request,
+// and PostgreSQL ignores one that arrives before the statement has begun. So the
+// connection then gets a deadline, and runs no further statement, which a late
+// request could cancel.
 func (c *conn) DialContext(ctx context.Context, network, address string) (net.Conn, error) {
 	dialer := net.Dialer{Deadline: time.Now().Add(c.timeout)}
 	if c.pqConn != nil {

@@ -151,7 +151,7 @@ func (h *Handler) readBody(w http.ResponseWriter, r *http.Request, start time.Ti
 	case closed || errors.Is(err, io.ErrUnexpectedEOF) || err != nil && r.Context().Err() != nil:
 		return nil, refuse(statusClientClosed, "The body ended unexpectedly.")
 	case err != nil:
-		return nil, malformedError("The body could not be read: " + err.Error() + ".")
+		return nil, malformedError("The body could not be read.")
 	}
 	r.Body = http.NoBody
 	return body, nil

@@ -228,18 +228,21 @@ func newTable[T resource](d *database, name, columns string, fields func(*T) []a
 
 // create inserts a row. With a key, content is what a repeat must agree with.
 func (t *table[T]) create(ctx context.Context, row T, key string, content any) (made T, replayed bool, err error) {
+	var rows []T
 	if key == "" {
-		rows, err := t.creations.do(ctx, row)
-		made, err = one(rows, translate(ctx, err), errNotStored)
-		return made, false, err
+		rows, err = t.creations.do(ctx, row)
+	} else {
+		text, _ := json.Marshal(content) // cannot fail: texts, numbers and booleans
+		digest := sha256.Sum256(text)
+		rows, err = t.rows(ctx, t.inserts+t.onRepeat, t.records([]T{row}), key, digest[:])
 	}
-	text, _ := json.Marshal(content) // cannot fail: texts, numbers and booleans
-	digest := sha256.Sum256(text)
-	rows, err := t.rows(ctx, t.inserts+t.onRepeat, t.records([]T{row}), key, digest[:])
-	made, err = one(rows, err, errNotStored)
+	made, err = one(rows, translate(ctx, err), errNotStored)
 	own, _, _ := row.identity()
 	id, _, version := made.identity()
-	if err == nil && version == 0 {
+	switch {
+	case sqlState(err) == "23503": // foreign_key_violation
+		err = fmt.Errorf("%w: %w", ErrUnknownUser, err)
+	case err == nil && version == 0:
 		err = ErrKeyReused
 	}
 	return made, id != own, err
@@ -416,8 +419,6 @@ func translate(ctx context.Context, err error) error {
 	switch {
 	case err == nil || errors.Is(err, ErrUnavailable):
 		return err
-	case sqlState(err) == "23503": // foreign_key_violation
-		return fmt.Errorf("%w: %w", ErrUnknownUser, err)
 	case ctx.Err() != nil || unreachable || transient(err):
 		return fmt.Errorf("%w: %w", ErrUnavailable, err)
 	}
