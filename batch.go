@@ -20,9 +20,10 @@ const (
 // A batcher makes calls of type C, whose results have type R.
 //
 // A call that finds no batch running starts at once. No call waits longer than
-// maxWait, so a batch on a dead connection delays no other. A caller stays no
-// longer than its own context. The context of a batch ends when all of its
-// callers have gone, and has the latest of their deadlines.
+// maxWait, so a batch on a dead connection delays no other. A caller
+// returns when its own context ends. The context of a batch ends when all of its
+// callers have gone; it has the latest of their deadlines, and the values of the
+// first caller's context.
 type batcher[C, R any] struct {
 	// run makes all calls, and returns their results in the same order.
 	run func(context.Context, []C) ([]R, error)
@@ -31,7 +32,7 @@ type batcher[C, R any] struct {
 	// so that one bad call fails alone.
 	mayRepeat func(error) bool
 
-	turn chan struct{} // has an element unless a batch that took it is running
+	turn chan struct{} // holds one token, which a running batch has taken
 	mu   sync.Mutex
 	next *batch[C, R] // what calls join; nil: the next call begins a batch
 }
@@ -54,8 +55,8 @@ type batch[C, R any] struct {
 	errs     []error
 }
 
-// do makes a call. Its error is that of ctx if ctx ends first. The last caller that
-// leaves ends the batch.
+// do makes a call and returns its result, or the error of ctx if ctx ends first.
+// When all callers have gone, the batch is cancelled.
 func (b *batcher[C, R]) do(ctx context.Context, call C) (result R, err error) {
 	joined, i := b.join(ctx, call)
 	select {
@@ -84,7 +85,7 @@ func (b *batcher[C, R]) join(ctx context.Context, call C) (joined *batch[C, R], 
 	joined = b.next
 	deadline, ok := ctx.Deadline()
 	if !ok {
-		deadline = time.Now().AddDate(1, 0, 0)
+		deadline = time.Now().AddDate(1, 0, 0) // as good as none
 	}
 	if deadline.After(joined.deadline) {
 		joined.deadline = deadline

@@ -32,13 +32,15 @@ var docs []byte
 // Options are the settings of a [Handler]. The zero value means the defaults, and
 // so do numbers and durations below zero.
 type Options struct {
-	RequestTimeout time.Duration // deadline of one request; default 5 seconds, with a Server at most 45
+	RequestTimeout time.Duration // deadline of one request; default 5 s, and at most 45 s because a Server allows 50 s
 	MaxInFlight    int           // API requests served at once; default 1000
 
 	// Authenticate returns the user who sent a request to the API. It is called
-	// before the body is read, and the request's context has its deadline. The
-	// user sees and changes only their own tasks. An error is 401, or 503 if it
-	// wraps [ErrUnavailable]. Default nil: nothing is authenticated.
+	// before the body is read, from many goroutines, and the request's context has
+	// its deadline. The user sees and changes only their own tasks. An error is
+	// 401, or 503 if it wraps [ErrUnavailable]; clients never see its text. A user
+	// who cannot own tasks, such as "", is 403. Default nil: nothing is
+	// authenticated.
 	Authenticate func(*http.Request) (userID string, err error)
 
 	// Hosts are the names that requests may have as Host, without port, or "*".
@@ -63,7 +65,8 @@ type Handler struct {
 	draining atomic.Bool
 }
 
-// NewHandler returns a Handler.
+// NewHandler returns a Handler on a store whose Migrate has succeeded. It does not
+// check opts.
 func NewHandler(store *Store, opts Options) *Handler {
 	opts.RequestTimeout = cmp.Or(max(opts.RequestTimeout, 0), 5*time.Second)
 	opts.MaxInFlight = cmp.Or(max(opts.MaxInFlight, 0), 1000)
@@ -76,7 +79,7 @@ func NewHandler(store *Store, opts Options) *Handler {
 }
 
 // Drain makes /readyz answer 503, so that load balancers send no more requests.
-// All else goes on as before.
+// Requests are still served.
 func (h *Handler) Drain() { h.draining.Store(true) }
 
 // ServeHTTP answers a request.
@@ -85,7 +88,7 @@ func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 }
 
 // endpoint answers a request: it returns a response, or an error that problemOf
-// turns into one.
+// turns into one. If there is an error, the response is ignored.
 type endpoint func(w http.ResponseWriter, r *http.Request) (*response, error)
 
 // route is a pattern of [http.ServeMux] and its endpoint.
@@ -180,7 +183,7 @@ func (h *Handler) getTask(r *request) (*response, error) {
 	return fetched(r, t, err)
 }
 
-// changeTask returns an operation that makes the change that decode returns.
+// changeTask returns an operation that applies the patch that decode returns.
 func (h *Handler) changeTask(decode func(body []byte) (TaskPatch, error)) operation {
 	return func(r *request) (*response, error) {
 		patch, err := decode(r.body)
@@ -254,9 +257,9 @@ func hash(b []byte) string {
 	return base64.StdEncoding.EncodeToString(sum[:])
 }
 
-// contentPolicy returns the Content-Security-Policy of a page: its one script
-// and its one style sheet, no markup made from text, and requests to its own
-// origin only.
+// contentPolicy returns the Content-Security-Policy of a page. It allows the
+// page's one script, its one style sheet, and requests to its own origin. It
+// forbids markup made from text.
 func contentPolicy(page []byte) string {
 	source := func(element string) string {
 		_, after, _ := bytes.Cut(page, []byte("<"+element+">"))

@@ -60,7 +60,8 @@ func startLocalDB(ctx context.Context, dir, bin string, opts ...string) (*localD
 			return nil, fmt.Errorf("private PostgreSQL in %s: %w", dir, errors.Join(ctx.Err(), err))
 		}
 	}
-	// Killed starts leave these. A concurrent start needs its own no longer: data exists.
+	// Killed starts leave these. A concurrent start no longer needs its own: data
+	// exists.
 	exec.Command("sh", "-c", `rm -rf "$1"/initdb-*`, "sh", dir).Run()
 	return db, nil
 }
@@ -182,7 +183,7 @@ func (db *localDB) open(ctx context.Context) (err error) {
 	// If ctx ends while the server is starting, open still claims it, to stop it.
 	claimCtx, cancel := context.WithTimeout(context.WithoutCancel(ctx), localTimeout)
 	defer cancel()
-	// Ten refusals or three failures are enough.
+	// It gives up after ten refusals, or three failures, which count four each.
 	for strikes := 0; strikes < 10; time.Sleep(20 * time.Millisecond) {
 		holder, claimErr := db.claim(claimCtx)
 		switch server := db.postmaster(); {
@@ -235,7 +236,7 @@ func (db *localDB) claim(ctx context.Context) (holder string, err error) {
 		return "", err
 	}
 	lock.SetConnMaxIdleTime(0)
-	// NULL, an error here, means that the holder has gone in between.
+	// The result is NULL, an error here, if the holder has just gone.
 	err = lock.QueryRowContext(ctx, `
 		SELECT CASE WHEN pg_try_advisory_lock(1, 1) THEN '' ELSE
 		   (SELECT application_name FROM pg_locks JOIN pg_stat_activity USING (pid)

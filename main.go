@@ -126,9 +126,9 @@ func variables(c *config) []variable {
 		{"DB_PREPARE", "auto", "prepare statements: auto (on direct connections), true or false; true behind a transaction-mode pooler destroys data",
 			matching(&c.prepare, "auto, true or false", "auto|true|false")},
 		{"REQUEST_TIMEOUT", "5s", "deadline of one request, at most 45s", duration(&c.options.RequestTimeout, 1, maxRequestTimeout)},
-		{"MAX_IN_FLIGHT", "1000", "API requests served at once; one more is 503", number(&c.options.MaxInFlight, 1_000_000)},
-		{"SHUTDOWN_DELAY", "0s", "how long a stop goes on accepting requests, with /readyz 503", duration(&c.shutdownDelay, 0, time.Hour)},
-		{"SHUTDOWN_TIMEOUT", "10s", "how long it then waits for requests in flight", duration(&c.shutdownTimeout, 1, time.Hour)},
+		{"MAX_IN_FLIGHT", "1000", "API requests served at once; any more get a 503", number(&c.options.MaxInFlight, 1_000_000)},
+		{"SHUTDOWN_DELAY", "0s", "on a stop, how long to go on accepting requests while /readyz is 503", duration(&c.shutdownDelay, 0, time.Hour)},
+		{"SHUTDOWN_TIMEOUT", "10s", "how long to wait for requests in flight after that", duration(&c.shutdownTimeout, 1, time.Hour)},
 		{"USER_HEADER", "", "header in which an authenticating proxy passes the user, such as X-Forwarded-User",
 			matching(&c.userHeader, "the name of a header", "[A-Za-z0-9!#$%&'*+.^_`|~-]+")},
 		{"ALLOWED_HOSTS", "", "names that requests may have as Host, separated by commas, or *; unset: localhost on a loopback address, any on others",
@@ -248,9 +248,8 @@ func userHeader(name string) func(*http.Request) (string, error) {
 
 // checkHealth asks the service at addr whether it is up.
 func checkHealth(addr string) error {
-	host := strings.TrimPrefix(serviceURL(addr), "http://")
-	req := &http.Request{URL: &url.URL{Scheme: "http", Host: host, Path: "/healthz"}, Host: "localhost"} // which is always served
-	client := http.Client{Timeout: 2 * time.Second, Transport: &http.Transport{}}                        // through no proxy
+	req := &http.Request{URL: &url.URL{Scheme: "http", Host: reachable(addr), Path: "/healthz"}, Host: "localhost"} // which is always served
+	client := http.Client{Timeout: 2 * time.Second, Transport: &http.Transport{}}                                   // through no proxy
 	resp, err := client.Do(req)
 	if err != nil {
 		return err
@@ -262,13 +261,13 @@ func checkHealth(addr string) error {
 	return nil
 }
 
-// serviceURL returns the URL by which this machine reaches a listener at addr.
-func serviceURL(addr string) string {
+// reachable returns the address by which this machine reaches a listener at addr.
+func reachable(addr string) string {
 	host, port, _ := net.SplitHostPort(addr)
 	if ip := net.ParseIP(host); host == "" || ip.IsUnspecified() {
 		host = "localhost"
 	}
-	return "http://" + net.JoinHostPort(host, port)
+	return net.JoinHostPort(host, port)
 }
 
 // serve runs the service until ctx ends.
@@ -308,7 +307,7 @@ func serve(ctx context.Context, cfg config) (err error) {
 	served := make(chan error, 1)
 	go func() { served <- server.Serve(listener) }()
 	host, _, _ := net.SplitHostPort(cfg.addr)
-	where := serviceURL(net.JoinHostPort(host, strconv.Itoa(addr.Port))) + cfg.options.Prefix
+	where := "http://" + reachable(net.JoinHostPort(host, strconv.Itoa(addr.Port))) + cfg.options.Prefix
 	log.Info("serving", "url", where+"/api/tasks", "docs", where+"/docs")
 	fmt.Fprintf(cfg.hints, "Try: curl -i %s/api/tasks -H 'Content-Type: application/json' -d '{\"title\": \"Buy milk\"}'\n", where)
 	select {

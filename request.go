@@ -34,7 +34,7 @@ const (
 	mediaTypePatch = "application/merge-patch+json"
 )
 
-// request is an API request that has passed all checks but those of its body.
+// request is an API request. Its fields are set as it passes the checks.
 type request struct {
 	*http.Request            // its context has the request's deadline
 	path          string     // as clients see it, without trailing slash
@@ -73,7 +73,7 @@ func (h *Handler) api(do operation, params, accepts []string) endpoint {
 		default:
 			return nil, refuse(http.StatusServiceUnavailable, "The service has too many requests in flight.")
 		}
-		err = cmp.Or(req.readQuery(params, user), req.readTarget())
+		err = cmp.Or(req.readQuery(params, user), req.readTarget()) // in this order: the target has the owner of the query
 		if err == nil && (len(req.body) > 0 || bodyErr != nil) {
 			err = cmp.Or(checkMediaType(r, accepts), bodyErr)
 		}
@@ -157,9 +157,9 @@ func (h *Handler) readBody(w http.ResponseWriter, r *http.Request, start time.Ti
 	return body, nil
 }
 
-// readQuery reads the query, and decides whose rows the request is about. It
-// ignores no parameter: if a mistyped user_id were, the request would be about
-// the rows of everyone.
+// readQuery reads the query and sets the owner of the rows. An unknown parameter is
+// an error: if a mistyped user_id were ignored, the request would be about
+// everyone's rows.
 func (r *request) readQuery(params []string, user *string) error {
 	var violations InvalidError
 	r.Limit, r.query = defaultLimit, url.Values{}
@@ -182,7 +182,7 @@ func (r *request) readQuery(params []string, user *string) error {
 			details = r.set(name, value)
 		}
 		for _, detail := range details {
-			violations = append(violations, Violation{Parameter: cmp.Or(name, pair), Detail: detail})
+			violations = append(violations, Violation{Parameter: cmp.Or(name, pair), Detail: detail}) // a malformed name is ""
 		}
 	}
 	if user != nil && r.Owner != nil && *r.Owner != *user {
@@ -263,9 +263,10 @@ func checkMediaType(r *http.Request, accepts []string) error {
 	return refuse(http.StatusUnsupportedMediaType, "The Content-Type must be %s.", strings.Join(accepts, " or ")).with(name, strings.Join(accepts, ", "))
 }
 
-// checkDraft makes the checks that all creations share. err is the error of
-// decoding the body. owner is the owner in the body; checkDraft fills in that of
-// the request. It returns the Idempotency-Key.
+// checkDraft makes the checks that all creations share, and returns the
+// Idempotency-Key. err is the error of decoding the body; its violations are
+// reported together with those found here. *owner is the owner in the body; the
+// owner of the request, if there is one, replaces it.
 func (r *request) checkDraft(owner **string, err error) (key string, _ error) {
 	invalid, ok := err.(InvalidError)
 	if err != nil && !ok {

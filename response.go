@@ -79,11 +79,11 @@ func (rt *route) respond(w http.ResponseWriter, r *http.Request) (res *response,
 	return rt.serve(w, r)
 }
 
-// closeUnread makes net/http close the connection after the response. Before that,
-// net/http reads some of the rest of the body, here for a few seconds instead of
-// the server's ReadTimeout. Exceeding a limit makes it wait before it closes: it
-// would reset the connection, and the client might lose the response
-// (golang.org/issue/3595).
+// closeUnread makes net/http close the connection after the response, without a
+// reset, which could cost the client the response (golang.org/issue/3595). Before
+// it closes, net/http reads some of the rest of the body, here for three seconds
+// instead of the server's ReadTimeout. After a MaxBytesReader has exceeded its
+// limit, it also waits a moment.
 func closeUnread(w http.ResponseWriter) {
 	w.Header().Set("Connection", "close")
 	_ = http.NewResponseController(w).SetReadDeadline(time.Now().Add(3 * time.Second))
@@ -107,7 +107,7 @@ func (h *Handler) setCORS(header http.Header, r *http.Request) {
 
 // log writes the line of a request, with the cause of a 5xx.
 func (h *Handler) log(r *http.Request, path string, status int, elapsed time.Duration, size int, id string, err error) {
-	level, cause := slog.LevelInfo, slog.Attr{} // which is left out
+	level, cause := slog.LevelInfo, slog.Attr{} // an empty Attr is omitted
 	if status >= 500 {
 		level, cause = slog.LevelError, slog.String("error", err.Error())
 		if _, refused := errors.AsType[*problem](err); refused { // busy, stopping, or unable to verify the user
@@ -171,13 +171,13 @@ func problemOf(err error) *problem {
 	case errors.Is(err, ErrPrecondition):
 		return refuse(http.StatusPreconditionFailed, "The resource has another version than the request requires.")
 	case errors.Is(err, ErrUnavailable):
-		return refuse(http.StatusServiceUnavailable, "The database did not respond. If the request was a change, it may have been made, or may still be, once.")
+		return refuse(http.StatusServiceUnavailable, "The database did not respond. A change may have been made once, or may still be.")
 	case errors.Is(err, ErrKeyReused):
 		invalid = InvalidError{{Header: "Idempotency-Key", Detail: "was used with other content"}}
 	case errors.Is(err, ErrUnknownUser):
 		invalid = InvalidError{{Pointer: "#/user_id", Detail: "unknown user"}}
 	case invalid == nil:
-		return refuse(http.StatusInternalServerError, "Internal error. The log has its cause under this request_id.")
+		return refuse(http.StatusInternalServerError, "Internal error. The log has the cause under this request_id.")
 	}
 	p := refuse(http.StatusUnprocessableEntity, "The request is invalid; see errors.")
 	p.Errors = invalid

@@ -40,7 +40,7 @@ func NewServer(outer http.Handler, api *Handler) *Server {
 	s.Server = &http.Server{
 		Handler:                      s.track(outer),
 		DisableGeneralOptionsHandler: true,     // api answers OPTIONS *
-		MaxHeaderBytes:               64 << 10, // a 422 is up to 30 times as long as its query
+		MaxHeaderBytes:               64 << 10, // a 422 can be 30 times as long as its query
 		ReadHeaderTimeout:            10 * time.Second,
 		ReadTimeout:                  time.Minute, // headers and body
 		WriteTimeout:                 writeTimeout,
@@ -76,7 +76,8 @@ func (s *Server) setConnState(c net.Conn, state http.ConnState) {
 }
 
 // Serve is like [http.Server.Serve]. It returns [http.ErrServerClosed] as soon as
-// Shutdown has closed l; ListenAndServe does not call it, and returns l's error.
+// Shutdown has closed l. ListenAndServe does not call it: after Shutdown it returns
+// the listener's error.
 func (s *Server) Serve(l net.Listener) error {
 	s.serving.Add(1)
 	defer s.serving.Add(-1)
@@ -126,12 +127,12 @@ func (s *Server) Shutdown(ctx context.Context) error {
 	return err
 }
 
-// closeListeners closes the listeners while new requests wait. Closing resets
-// connections that are not yet accepted, and a client that waits for a response
-// opens no new one.
+// closeListeners closes the listeners while new requests wait: a client that waits
+// for a response opens no connection, and closing a listener resets those that it
+// has not accepted.
 func (s *Server) closeListeners() {
 	s.mu.Lock()
-	for range 10 { // in steps, so that a process that was suspended reads what has arrived
+	for range 10 { // in steps: after a SIGSTOP, one long sleep would be over before Serve accepts anything
 		time.Sleep(tick)
 	}
 	for _, l := range s.listeners {

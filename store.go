@@ -37,7 +37,7 @@ type Store struct {
 // NewStore returns a Store on a pool. The pool's limit of open connections must
 // not change afterwards.
 func NewStore(db *sql.DB) *Store {
-	d := &database{db: db, turns: make(chan struct{}, cmp.Or(db.Stats().MaxOpenConnections, math.MaxInt32))}
+	d := &database{db: db, turns: make(chan struct{}, cmp.Or(db.Stats().MaxOpenConnections, math.MaxInt32))} // takes no memory
 	return &Store{d, newTable(d, "tasks", "id uuid, user_id text, title text, description text, completed boolean, "+
 		"version bigint, created_at timestamptz, updated_at timestamptz", func(t *Task) []any {
 		return []any{&t.ID, &t.UserID, &t.Title, &t.Description, &t.Completed, &t.Version, &t.CreatedAt, &t.UpdatedAt}
@@ -49,7 +49,7 @@ func NewStore(db *sql.DB) *Store {
 // is. After [ErrUnavailable], try again: the database is out of reach, or the table
 // locked.
 func (s *Store) Migrate(ctx context.Context) error {
-	// A start that has waited for another one must see what that has committed.
+	// READ COMMITTED: a start that has waited for another one sees what it committed.
 	_, err := s.db.ExecContext(ctx, "SET TRANSACTION ISOLATION LEVEL READ COMMITTED; "+schema)
 	if err == nil {
 		_, err = s.qualify(ctx, "") // finds the schema, so that no request has to
@@ -73,7 +73,8 @@ func (s *Store) Stats() sql.DBStats { return s.db.Stats() }
 
 // Create makes a task. If the owner has used the key before, Create returns the
 // existing task and true, or [ErrKeyReused] if the draft differs. An empty key
-// means no key.
+// means no key. Create does not check the rules of task.go, as the Handler does;
+// a draft that breaks a constraint is an error of the driver.
 func (s *Store) Create(ctx context.Context, d TaskDraft, key string) (t Task, replayed bool, err error) {
 	now := s.now()
 	t = Task{newID(now), d.UserID, d.Title, d.Description, d.Completed, 1, now, now}
@@ -89,6 +90,7 @@ func (s *Store) List(ctx context.Context, f Filter) ([]Task, bool, error) {
 func (s *Store) Get(ctx context.Context, t Target) (Task, error) { return s.tasks.get(ctx, t) }
 
 // Patch changes the members that the patch has. An empty patch changes nothing.
+// Like Create, Patch does not check the rules of task.go.
 func (s *Store) Patch(ctx context.Context, t Target, p TaskPatch) (Task, error) {
 	if p == (TaskPatch{}) {
 		return s.tasks.check(ctx, t)
@@ -202,7 +204,10 @@ type table[T resource] struct {
 	creations *batcher[T, []T]
 }
 
-// newTable describes a table. columns are the columns of T with their types.
+// newTable describes a table. columns are the columns of T with their types, each a
+// word or two. An INSERT gets the fields as JSON and casts their texts to the types,
+// so a field must be a string, a number, a boolean, a time, or a type whose JSON is
+// what PostgreSQL reads.
 func newTable[T resource](d *database, name, columns string, fields func(*T) []any) *table[T] {
 	t := &table[T]{database: d, fields: fields}
 	var names, values []string
@@ -215,9 +220,9 @@ func newTable[T resource](d *database, name, columns string, fields func(*T) []a
 	t.inserts = "INSERT INTO {schema}." + name + " (" + list + ", idempotency_key, idempotency_digest)" +
 		" SELECT " + strings.Join(values, ", ") + ", $2::text, $3::bytea FROM jsonb_array_elements($1) AS new"
 	t.returning = " RETURNING " + list
-	// The update changes nothing. It makes the statement return a row that
-	// another statement, perhaps still running, has inserted. No row has version
-	// 0, so that stands for another digest.
+	// DO UPDATE changes nothing. It makes RETURNING include a row that another
+	// statement, perhaps still running, has inserted. If its digest differs, its
+	// version is returned as 0, which no row has; create looks at that.
 	t.onRepeat = " ON CONFLICT (coalesce(user_id, ''), idempotency_key) WHERE idempotency_key IS NOT NULL" +
 		" DO UPDATE SET idempotency_key = excluded.idempotency_key" +
 		regexp.MustCompile(`\bversion\b`).ReplaceAllLiteralString(t.returning, "CASE WHEN idempotency_digest = $3 THEN version ELSE 0 END")
@@ -281,13 +286,13 @@ func (t *table[T]) records(rows []T) string {
 
 // list returns a page of rows and reports whether more follow.
 //
-// Each page is one range of one index: the filter's columns, then id. The
-// conditions leave the planner no other choice. For a plain =, it assumes that
-// matching rows are spread evenly, and may walk another index past millions of
-// others. = ANY means the same, but then only the right index has the requested
-// order. That works for the first column only, so the second is compared together
-// with id, as a row. The planner estimates such a comparison by its first value,
-// and might read and sort the whole range; it cannot see a value in a subquery.
+// Each page is one range of one index: the filter's columns, then id. With a plain
+// =, the planner assumes that matching rows are spread evenly, and may walk another
+// index past millions of rows. = ANY means the same, but then only the right index
+// has the requested order. This works for the first column only, so a second one is
+// compared together with id, as a row. The planner estimates such a comparison by
+// its first value and might sort the whole range; it cannot see a value in a
+// subquery.
 func (t *table[T]) list(ctx context.Context, f Filter) (rows []T, more bool, err error) {
 	beyond, until, order, start := ">", "<=", "", "00000000-0000-0000-0000-000000000000"
 	if f.Descending {
@@ -372,12 +377,11 @@ func (t *table[T]) change(ctx context.Context, target Target, q *statement, text
 }
 
 // rows runs a statement and scans the rows that it returns. It pins a connection:
-// without one, database/sql would run the statement again when a connection is
-// lost, even if it took effect.
+// on the pool itself, database/sql would run the statement again after a lost
+// connection, even if it took effect.
 //
-// It first waits for a turn. Turns come in the order of asking. database/sql
-// alone serves waiters in no order, so under load some would wait until their
-// deadline.
+// It first waits for a turn, first come, first served. database/sql alone serves
+// waiters in no order, so under load some would wait until their deadline.
 func (t *table[T]) rows(ctx context.Context, text string, args ...any) (all []T, err error) {
 	defer func() { err = translate(ctx, err) }()
 	select {

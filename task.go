@@ -30,11 +30,11 @@ const (
 
 // Errors of a [Store].
 var (
-	ErrNotFound     = errors.New("not found")
-	ErrPrecondition = errors.New("the version does not meet the condition")
-	ErrKeyReused    = errors.New("the idempotency key was used with other content")
-	ErrUnknownUser  = errors.New("the database does not know the user")
-	ErrUnavailable  = errors.New("the database is unavailable")
+	ErrNotFound     = errors.New("not found")                                       // no such row, or another user's
+	ErrPrecondition = errors.New("the version does not meet the condition")         // of the Target
+	ErrKeyReused    = errors.New("the idempotency key was used with other content") // of Create
+	ErrUnknownUser  = errors.New("the database does not know the user")             // of Create, by a foreign key on user_id
+	ErrUnavailable  = errors.New("the database is unavailable")                     // a write may have been applied, or may still be
 )
 
 // Task is a task as it is stored, and as clients see it.
@@ -95,11 +95,11 @@ type Optional[T any] struct {
 	Value *T // nil for null and for absent
 }
 
-// Target selects one row, and the versions of it that an operation is for.
+// Target selects one row, with conditions on its version.
 type Target struct {
 	ID           string  // in lower case
 	Owner        *string // the row must belong to this user; nil: to anyone
-	Match        []int64 // the row must have one of these versions; nil: any
+	Match        []int64 // the row must have one of these versions; nil: any; empty but not nil: none matches
 	NoneMatch    []int64 // and none of these
 	NoneMatchAny bool    // and no version at all: the row must not exist
 }
@@ -109,13 +109,13 @@ func (t Target) excludes(version int64) bool {
 	return t.NoneMatchAny || slices.Contains(t.NoneMatch, version)
 }
 
-// Filter selects a page. The zero Filter selects nothing: its Limit is 0.
+// Filter selects a page.
 type Filter struct {
 	Owner      *string // nil: rows of everyone
 	Completed  *bool   // nil: both
 	Descending bool    // newest first
-	After      string  // id after which the page starts; "": the first page
-	Limit      int
+	After      string  // id, a UUID, after which the page starts; "": the first page
+	Limit      int     // at most as many rows; not negative
 }
 
 // InvalidError is the error of well-formed input that breaks rules. It lists
@@ -193,7 +193,8 @@ func userIDViolations(s string) []string {
 	return textViolations(s, maxUserID, s == "", "must not be empty")
 }
 
-// textViolations says what is wrong with a text. detail is what to say if it is empty.
+// textViolations says what is wrong with a text. empty reports whether it counts
+// as empty, and detail is the violation for that.
 func textViolations(s string, limit int, empty bool, detail string) (violations []string) {
 	if utf8.RuneCountInString(s) > limit {
 		violations = append(violations, fmt.Sprintf("must have at most %d characters", limit))
@@ -297,8 +298,8 @@ func parseID(s string) (id string, ok bool) {
 }
 
 // newID returns a UUID version 7 (RFC 9562 §5.7) for a row created at t. The 12
-// bits after the milliseconds hold their fraction (§6.2, method 3). Different
-// microseconds have different first halves, so ids sort as their times do.
+// bits after the milliseconds hold their fraction (§6.2, method 3). Each
+// microsecond has its own first 64 bits, so ids sort as their times do.
 func newID(t time.Time) string {
 	var b [16]byte
 	rand.Read(b[:])
