@@ -402,8 +402,8 @@ func TestValidSettings(t *testing.T) {
 		{"origins", settings{"CORS_ORIGINS": " https://example.com, http://localhost:3000,http://[::1]:443, chrome-extension://abc,https://xn--bcher-kva.example:8443,"}, "localhost:8080", "http://localhost:8080"},
 	} {
 		cfg, err := configure(test.env.get, io.Discard)
-		if err != nil || cfg.addr != test.addr || serviceURL(cfg.addr) != test.url {
-			t.Errorf("%s: addr %s, url %s, error %v; want %s, %s", test.name, cfg.addr, serviceURL(cfg.addr), err, test.addr, test.url)
+		if err != nil || cfg.addr != test.addr || "http://"+reachable(cfg.addr) != test.url {
+			t.Errorf("%s: addr %s, url %s, error %v; want %s, %s", test.name, cfg.addr, "http://"+reachable(cfg.addr), err, test.addr, test.url)
 		}
 	}
 }
