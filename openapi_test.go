@@ -644,8 +644,8 @@ func (f *failures) Errorf(format string, args ...any) {
 func TestOpenAPICheck(t *testing.T) {
 	t.Parallel()
 	s := loadSpec(t)
-	const task = `{"id":"019c2292-294b-774b-8e0f-5b3a1f6c9d42","user_id":null,"title":"Buy milk","description":null,"completed":false,` +
-		`"version":1,"created_at":"2026-02-03T08:15:30.123456Z","updated_at":"2026-02-03T08:15:30.123456Z"}`
+	at := time.Date(2026, 2, 3, 8, 15, 30, 123456000, time.UTC)
+	task := string(Task{ID: "019c2292-294b-774b-8e0f-5b3a1f6c9d42", Title: "Buy milk", Version: 1, CreatedAt: at, UpdatedAt: at}.appendJSON(nil))
 	const problem = `{"type":"about:blank","title":"Not Found","status":404,"detail":"No.","request_id":"r1"}`
 	const invalid = `{"type":"about:blank","title":"Unprocessable Entity","status":422,"detail":"No.","request_id":"r1",` +
 		`"errors":[{"detail":"is wrong","pointer":"#/title"}]}`

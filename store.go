@@ -38,10 +38,11 @@ type Store struct {
 // not change afterwards.
 func NewStore(db *sql.DB) *Store {
 	d := &database{db: db, turns: make(chan struct{}, cmp.Or(db.Stats().MaxOpenConnections, math.MaxInt32))} // takes no memory
-	return &Store{d, newTable(d, "tasks", "id uuid, user_id text, title text, description text, completed boolean, "+
+	tasks := newTable(d, "tasks", "id uuid, user_id text, title text, description text, completed boolean, "+
 		"version bigint, created_at timestamptz, updated_at timestamptz", func(t *Task) []any {
 		return []any{&t.ID, &t.UserID, &t.Title, &t.Description, &t.Completed, &t.Version, &t.CreatedAt, &t.UpdatedAt}
-	})}
+	})
+	return &Store{d, tasks}
 }
 
 // Migrate applies schema.sql, or says what the service needs and does not find.
