@@ -12,10 +12,9 @@ import (
 	"time"
 )
 
-const (
-	maxBatch = 100              // calls
-	maxWait  = time.Millisecond // before a batch starts beside a slow one
-)
+const maxBatch = 100 // calls
+
+const maxWait = time.Millisecond // before a batch starts beside a slow one
 
 // A batcher makes calls of type C, whose results have type R.
 //
@@ -68,7 +67,6 @@ func (b *batcher[C, R]) do(ctx context.Context, call C) (result R, err error) {
 	defer b.mu.Unlock()
 	if joined.waiting--; joined.waiting == 0 {
 		joined.cancel()
-		b.seal(joined)
 	}
 	return result, ctx.Err()
 }
@@ -77,7 +75,7 @@ func (b *batcher[C, R]) do(ctx context.Context, call C) (result R, err error) {
 func (b *batcher[C, R]) join(ctx context.Context, call C) (joined *batch[C, R], i int) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	if b.next == nil || len(b.next.calls) == maxBatch {
+	if b.next == nil || len(b.next.calls) == maxBatch || b.next.ctx.Err() != nil {
 		b.next = &batch[C, R]{done: make(chan struct{})}
 		b.next.ctx, b.next.cancel = context.WithCancel(context.WithoutCancel(ctx))
 		go b.start(b.next)
@@ -95,13 +93,6 @@ func (b *batcher[C, R]) join(ctx context.Context, call C) (joined *batch[C, R], 
 	return joined, len(joined.calls) - 1
 }
 
-// seal keeps further calls from joining a batch. b.mu must be locked.
-func (b *batcher[C, R]) seal(joined *batch[C, R]) {
-	if b.next == joined {
-		b.next = nil
-	}
-}
-
 // start runs a batch when its turn has come, or after maxWait.
 func (b *batcher[C, R]) start(own *batch[C, R]) {
 	select {
@@ -110,7 +101,9 @@ func (b *batcher[C, R]) start(own *batch[C, R]) {
 	case <-time.After(maxWait):
 	}
 	b.mu.Lock()
-	b.seal(own)
+	if b.next == own { // no call joins any more
+		b.next = nil
+	}
 	b.mu.Unlock()
 	defer own.cancel()
 	ctx, cancel := context.WithDeadline(own.ctx, own.deadline)

@@ -137,6 +137,7 @@ type proxy struct {
 	conns   atomic.Int64
 	fate    atomic.Pointer[func(executes bool) fault] // asked for each statement; nil: pass
 	counts  [faults]atomic.Int64                      // statements by what was done to them
+	age     atomic.Int64                              // what serves a connection that began at another age resets it
 	mu      sync.Mutex                                // guards chance
 	chance  *rand.Rand
 	cancels atomic.Int64 // requests to cancel a statement that are under way
@@ -227,6 +228,7 @@ func (p *proxy) serve(client *net.TCPConn) {
 		return
 	}
 	server.Write(startup)
+	age := p.age.Load()
 	greeting, err := messages(fromServer, "Z")
 	client.Write(greeting)
 	for err == nil {
@@ -235,7 +237,9 @@ func (p *proxy) serve(client *net.TCPConn) {
 			return
 		}
 		f := pass
-		if fate := p.fate.Load(); fate != nil && statement[0] != 'X' {
+		if p.age.Load() != age {
+			f = resetBefore
+		} else if fate := p.fate.Load(); fate != nil && statement[0] != 'X' {
 			f = (*fate)(executes(statement))
 		}
 		p.counts[f].Add(1)
@@ -486,7 +490,7 @@ func testFaultEachOperation(t *testing.T, f fault, prepare string) {
 	w.fillPool() // connecting would take a part of the time
 	suffer := func(op action) {
 		c := w.send(op, false)
-		if c.ok() && (silent || op.applied != "") || c.slowest > timeout+promptly {
+		if reads := op.applied == ""; c.ok() != (reads && !silent) || c.slowest > timeout+promptly {
 			t.Errorf("%s: status %d after %v", op.name, c.status, c.slowest)
 		}
 	}
@@ -517,6 +521,30 @@ func testFaultEachOperation(t *testing.T, f fault, prepare string) {
 			t.Errorf("%s: the fault is not what it should be: applied %d times", c.name, times)
 		}
 	}
+}
+
+// Connections that a middlebox has forgotten while they were idle are reset when
+// they are used. That costs reads nothing, and one write a 503.
+func TestFaultForgotten(t *testing.T) {
+	t.Parallel()
+	inBothModes(t, func(t *testing.T, prepare string) {
+		p := newProxy(t, newDatabase(t))
+		a := newAPIWithPool(t, p.url, 5, prepare, Options{})
+		id := a.create(`{"title": "a"}`).ID
+		for _, path := range []string{"/api/tasks", "/api/tasks/" + id} {
+			a.fillPool()
+			p.age.Add(1)
+			for range 5 {
+				a.expect("200", "GET", path, "")
+			}
+		}
+		a.fillPool()
+		p.age.Add(1)
+		a.log.expected.Store(true)
+		for _, want := range []string{"503", "200", "200"} {
+			a.expect(want, "PATCH", "/api/tasks/"+id, `{"title": "b"}`)
+		}
+	})
 }
 
 // Faults at random under load. The tasks of each request are its own, so that

@@ -39,8 +39,8 @@ type Options struct {
 	// before the body is read, from many goroutines, and the request's context has
 	// its deadline. The user sees and changes only their own tasks. An error is
 	// 401, or 503 if it wraps [ErrUnavailable]; clients never see its text. A user
-	// who cannot own tasks, such as "", is 403. Default nil: nothing is
-	// authenticated.
+	// who cannot own tasks, such as "", is 403. If it reads the body, it must
+	// replace r.Body. Default nil: nothing is authenticated.
 	Authenticate func(*http.Request) (userID string, err error)
 
 	// Hosts are the names that requests may have as Host, without port, or "*".
@@ -120,6 +120,9 @@ func (h *Handler) routes() []*route {
 		{h, "GET /{$}", h.root},
 	}
 }
+
+// noRoute is the pattern of requests without a route.
+const noRoute = "unmatched"
 
 // find returns the route of a request. It ignores one trailing slash of an API
 // path: a redirect would lose the body of a POST.
@@ -225,7 +228,7 @@ func (h *Handler) ready(w http.ResponseWriter, r *http.Request) (*response, erro
 }
 
 func (h *Handler) writeMetrics(http.ResponseWriter, *http.Request) (*response, error) {
-	page := h.metrics.appendTo(nil, h.store.Stats())
+	page := h.metrics.appendTo(nil, h.store.db.Stats())
 	return newResponse("text/plain; version=0.0.4; charset=utf-8", "no-store", page), nil
 }
 

@@ -41,7 +41,7 @@ type localDB struct {
 	bin     string // where initdb, pg_ctl and postgres are
 	opts    []string
 	sockets string  // the directory of the socket
-	lock    *sql.DB // one connection, whose session holds the lock; nil once stopped
+	lock    *sql.DB // one connection, whose session holds the lock
 }
 
 // startLocalDB starts the server whose files are in dir, or takes over the one
@@ -66,12 +66,8 @@ func startLocalDB(ctx context.Context, dir, bin string, opts ...string) (*localD
 	return db, nil
 }
 
-// Stop stops the server and waits until it is gone. Only the first call does
-// anything.
+// Stop stops the server and waits until it is gone.
 func (db *localDB) Stop() (err error) {
-	if db.lock == nil {
-		return nil
-	}
 	running := func() bool { return db.postmaster().sockets == db.sockets }
 	// The server in the directory may be another one: after a crash of this one,
 	// another process may have started it. It may also start one as soon as this
@@ -89,7 +85,6 @@ func (db *localDB) Stop() (err error) {
 		}
 	}
 	db.lock.Close()
-	db.lock = nil
 	return err
 }
 
@@ -152,9 +147,6 @@ func (db *localDB) makeCluster(ctx context.Context) error {
 	defer os.RemoveAll(name)
 	// A client that can reach the socket is trusted. Text sorts by code point.
 	args := []string{"-D", name, "-U", "postgres", "-A", "trust", "-E", "UTF8", "--no-locale"}
-	if slices.Contains(db.opts, "fsync=off") {
-		args = append(args, "--no-sync")
-	}
 	err := db.run(ctx, db.bin+"/initdb", args...)
 	if err == nil {
 		err = os.Rename(name, filepath.Join(db.dir, "data"))
@@ -212,10 +204,10 @@ func (db *localDB) start(ctx context.Context, sockets string) error {
 	if err := db.run(ctx, "mkdir", "-p", "-m", "700", sockets); err != nil {
 		return err
 	}
-	log := filepath.Join(db.dir, "server.log")
+	log := filepath.Join(db.dir, "server.log") // pg_ctl passes its name for it to a shell
 	before, _ := os.ReadFile(log)
 	opts := append([]string{"", "listen_addresses=", "port=5432", "unix_socket_directories=" + sockets, "unix_socket_permissions=0700"}, db.opts...)
-	if err := db.run(ctx, db.bin+"/pg_ctl", "start", "-w", "-D", "data", "-l", log, "-o", strings.Join(opts, " -c ")); err != nil {
+	if err := db.run(ctx, db.bin+"/pg_ctl", "start", "-w", "-D", "data", "-l", "server.log", "-o", strings.Join(opts, " -c ")); err != nil {
 		after, _ := os.ReadFile(log)
 		return fmt.Errorf("starting it: %w\n%s", err, strings.TrimPrefix(string(after), string(before)))
 	}

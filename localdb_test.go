@@ -46,10 +46,8 @@ func TestLocalDBFirstAndSecondStart(t *testing.T) {
 		}
 	}
 	execSQL(t, db.URL, "CREATE TABLE kept AS SELECT 'what was stored' AS what")
-	for range 2 { // the second does nothing
-		if err := db.Stop(); err != nil {
-			t.Fatal(err)
-		}
+	if err := db.Stop(); err != nil {
+		t.Fatal(err)
 	}
 	if left, err := os.Stat(sockets); err == nil {
 		t.Errorf("%s is still there", left.Name())
@@ -232,9 +230,10 @@ func TestLocalDBInterrupted(t *testing.T) {
 // left of it.
 func newLocalDir(t *testing.T) string {
 	t.Helper()
-	dir := filepath.Join(t.TempDir(), localDir)
+	temp := t.TempDir()
+	dir := filepath.Join(temp, "`a` \"$b", localDir)
 	// PostgreSQL may have to run as another user.
-	if err := os.Chmod(filepath.Dir(filepath.Dir(dir)), 0o711); err != nil {
+	if err := errors.Join(os.Mkdir(filepath.Dir(dir), 0o755), os.Chmod(filepath.Dir(temp), 0o711)); err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() {

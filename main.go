@@ -43,7 +43,11 @@ const (
 
 func main() {
 	signal.Ignore(syscall.SIGPIPE) // a log without a reader does not end the service
-	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	signals := []os.Signal{os.Interrupt, syscall.SIGTERM}
+	if !signal.Ignored(syscall.SIGHUP) { // as nohup does
+		signals = append(signals, syscall.SIGHUP) // the terminal is closed
+	}
+	ctx, stop := signal.NotifyContext(context.Background(), signals...)
 	context.AfterFunc(ctx, stop) // so that a second signal ends the program at once
 	if os.Getenv("GOGC") == "" && os.Getenv("GOMEMLIMIT") == "" {
 		debug.SetGCPercent(250) // collects less often than Go's 100, for more memory under load
@@ -52,7 +56,9 @@ func main() {
 	if err == nil {
 		return
 	}
-	fmt.Fprintln(os.Stderr, "tasks:", err)
+	stderr, flush := newLogWriter(os.Stderr)
+	fmt.Fprintln(stderr, "tasks:", err)
+	flush()
 	code := 1
 	if _, ok := errors.AsType[usageError](err); ok {
 		code = 2
@@ -165,7 +171,7 @@ func configure(getenv func(string) string, out io.Writer) (cfg config, err error
 		s.set(s.byDefault)
 	}
 	for _, s := range all {
-		if text := getenv(s.name); text != "" && !s.set(text) {
+		if text := strings.TrimSpace(getenv(s.name)); text != "" && !s.set(text) {
 			return cfg, fmt.Errorf("%s is %q; it must be %s", s.name, text, s.want)
 		}
 	}

@@ -18,6 +18,7 @@ import (
 	"net/http"
 	"os"
 	"os/exec"
+	"os/signal"
 	"path/filepath"
 	"reflect"
 	"regexp"
@@ -396,6 +397,7 @@ func TestValidSettings(t *testing.T) {
 		{"ADDR of all IPv6 interfaces", settings{"ADDR": "[::]:80"}, "[::]:80", "http://localhost:80"},
 		{"ADDR and PORT", settings{"ADDR": "localhost:80", "PORT": "81"}, "localhost:80", "http://localhost:80"},
 		{"PORT", settings{"PORT": "81"}, ":81", "http://localhost:81"},
+		{"ADDR and white space", settings{"ADDR": " localhost:80\n"}, "localhost:80", "http://localhost:80"},
 		{"PORT and an empty ADDR", settings{"ADDR": "", "PORT": "81"}, ":81", "http://localhost:81"},
 		{"both empty", settings{"ADDR": "", "PORT": ""}, "localhost:8080", "http://localhost:8080"},
 		{"one origin", settings{"CORS_ORIGINS": "https://example.com"}, "localhost:8080", "http://localhost:8080"},
@@ -628,13 +630,13 @@ time=T level=INFO msg=stopping
 }
 
 // A reader of the log that goes, or that stops reading, neither ends the service
-// nor holds up its requests and its stop.
+// nor holds up its requests and its stop, not even one that fails.
 func TestLogWithoutReader(t *testing.T) {
 	t.Parallel()
 	for _, gone := range []bool{true, false} {
 		t.Run(fmt.Sprintf("gone=%t", gone), func(t *testing.T) {
 			t.Parallel()
-			p := prepare(t, t.TempDir(), settings{"DATABASE_URL": newDatabase(t)})
+			p := prepare(t, t.TempDir(), settings{"DATABASE_URL": newDatabase(t), "SHUTDOWN_TIMEOUT": "1ms"})
 			reader, writer, err := os.Pipe()
 			if err != nil {
 				t.Fatal(err)
@@ -656,8 +658,13 @@ func TestLogWithoutReader(t *testing.T) {
 					t.Fatalf("status %d", status)
 				}
 			}
-			p.signal(syscall.SIGTERM)
-			p.exit(0)
+			p.hold()
+			if hangup := syscall.SIGHUP; gone && !signal.Ignored(hangup) { // the terminal is closed
+				p.signal(hangup)
+			} else {
+				p.signal(syscall.SIGTERM)
+			}
+			p.exit(1)
 		})
 	}
 }

@@ -88,10 +88,11 @@ func parseURL(connString string) (cfg pq.Config, err error) {
 		set["service"] = "" // or PGSERVICE would win (lib/pq#1344)
 	}
 	binding := cmp.Or(set["channel_binding"], "prefer")
-	delete(set, "channel_binding")
 	keywords := ""
 	for name, value := range set {
-		keywords += name + "='" + strings.NewReplacer(`\`, `\\`, `'`, `\'`).Replace(value) + "' "
+		if !needless.MatchString(name + "=" + value) {
+			keywords += name + "='" + strings.NewReplacer(`\`, `\\`, `'`, `\'`).Replace(value) + "' "
+		}
 	}
 	cfg, err = pq.NewConfig(keywords)
 	switch {
@@ -121,11 +122,15 @@ func parseURL(connString string) (cfg pq.Config, err error) {
 var (
 	pastedForm = regexp.MustCompile("^(?:postgres(?:ql)?(\\+\\w+)://|(psql\\b|export\\b|[A-Z_]*(?:URL|URI|DSN)=|[\"'`]))")
 	urlForm    = regexp.MustCompile(`^postgres(?:ql)?://(?:([^:/?#\s]*)(?::([^/?#\s]*))?@)?([^@/?#\s]*)` + // user, password, hosts
-		`(?:/([^@?#\s]*))?(?:\?([\w.]+=[^@#;&\s]*(?:&[\w.]+=[^@#;&\s]*)*)?)?$`) // database, query
+		`(?:/([^@?#\s]*))?(?:\?([\w.]+=[^@#;&\s]*(?:&[\w.]+=[^@#;&\s]*)*&?)?)?$`) // database, query
 	hostForm   = regexp.MustCompile(`^(?:\[(.*)\]|([^:]*))(?::(\d{0,5}))?$`)
 	pairForm   = regexp.MustCompile(`(?s)^([A-Za-z_][\w.]*)\s*=\s*(?:'((?:[^'\\]|\\.)*)'|((?:[^\s'\\]|\\.)(?:[^\s\\]|\\.)*)?)(?:\s+|$)`)
 	escapeForm = regexp.MustCompile(`(?s)\\(.)`)
 )
+
+// needless matches settings that lib/pq does not know and that have their effect
+// without it: Go keeps connections alive, and nothing uses GSS.
+var needless = regexp.MustCompile(`^(?:channel_binding=|keepalives|gssencmode=(?:disable|prefer)$)`)
 
 // errSyntax does not show what is wrong: any part may belong to the password.
 var errSyntax = errors.New("neither a URL such as postgres://user:password@host:port/database?name=value, with special characters " +
@@ -188,7 +193,7 @@ func allLocal(cfg pq.Config) bool {
 		if !h.Hostaddr.IsValid() {
 			h.Hostaddr, _ = netip.ParseAddr(h.Host)
 		}
-		named := h.Host == "localhost" || isSocket(h.Host)
+		named := strings.EqualFold(h.Host, "localhost") || isSocket(h.Host)
 		return !h.Hostaddr.Unmap().IsLoopback() && (h.Hostaddr.IsValid() || !named)
 	})
 }
@@ -254,7 +259,7 @@ func (c *connector) Driver() driver.Driver { return pq.Driver{} }
 func (c *connector) Connect(ctx context.Context) (driver.Conn, error) {
 	ctx, cancel := context.WithCancel(ctx) // ends what a failure leaves
 	defer cancel()
-	timeout := cmp.Or(c.cfg.ConnectTimeout, connectTimeout)
+	timeout := cmp.Or(max(c.cfg.ConnectTimeout, 0), connectTimeout)
 	if deadline, ok := ctx.Deadline(); ok {
 		timeout = min(timeout, time.Until(deadline))
 	}
@@ -433,14 +438,16 @@ func (c *conn) BeginTx(ctx context.Context, opts driver.TxOptions) (driver.Tx, e
 func (c *conn) judge(err error) error {
 	c.used = time.Now()
 	switch state := sqlState(err); {
-	case state == "25006":
-		// The server has become a standby, or the session is read-only by default.
-		// If the address has moved to a new primary, older connections have not.
+	case state == "25006", state == "" && err != nil && !c.unfit.Load():
+		// The server has become a standby, or the session is read-only by default:
+		// if the address has moved to a new primary, older connections have not. Or
+		// the connection is lost, and so may be others that have been idle.
 		c.connector.moves.CompareAndSwap(c.moves, c.moves+1)
 	case strings.HasPrefix(state, "57P"), strings.HasPrefix(state, "08"):
 		// The server is shutting down, or a pooler has lost it.
 		c.unfit.Store(true)
-	case errors.Is(err, driver.ErrBadConn):
+	}
+	if errors.Is(err, driver.ErrBadConn) {
 		return errUnknownOutcome
 	}
 	return err

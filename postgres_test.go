@@ -51,6 +51,7 @@ func TestParseURL(t *testing.T) {
 	for want, given := range map[string][]string{ // hosts, sslmode, sslrootcert and settings of the server
 		neon + ":5432 verify-full system": {
 			"postgresql://alex:AbC123dEf@" + neon + "/dbname?sslmode=require&channel_binding=require",
+			"postgresql://alex:AbC123dEf@" + neon + "/dbname?channel_binding=require&keepalives=1&keepalives_idle=30&gssencmode=disable&",
 			"host=" + neon + " user=alex password=AbC123dEf dbname=dbname sslmode=require channel_binding=require",
 		},
 		"localhost:5432 disable": {"", "dbname=a", "postgres:///a", "PGHOST=db.example.com host=localhost",
@@ -64,6 +65,8 @@ func TestParseURL(t *testing.T) {
 		"/run/postgresql:5432 disable":                           {"host=/run/postgresql", "host=/run/postgresql sslmode=require"},
 		"@a:5432 disable":                                        {"host=@a"},
 		"127.0.0.2:5432 disable":                                 {"host=127.0.0.2"},
+		"LocalHost:5432 disable":                                 {"host=LocalHost"},
+		"127.0.0.3:5432 disable map[gssencmode:require]":         {"host=127.0.0.3 gssencmode=require"}, // the server refuses it
 		"::1:5432 disable":                                       {"host=::1", "postgres://[::1]/a"},
 		"::ffff:127.0.0.1:5432 disable":                          {"host=::ffff:127.0.0.1"},
 		"0.0.0.0:5432 require":                                   {"host=0.0.0.0"},

@@ -62,6 +62,7 @@ func (h *Handler) api(do operation, params, accepts []string) endpoint {
 		if err != nil {
 			return nil, err
 		}
+		r.Body = req.Body // which Authenticate may have replaced
 		// Read the body first, so that a slow sender holds no slot. Read it even if
 		// the operation has none: only after its end does net/http notice that a
 		// client has gone.
@@ -150,7 +151,7 @@ func (h *Handler) readBody(w http.ResponseWriter, r *http.Request, start time.Ti
 		return nil, refuse(http.StatusRequestTimeout, "The body did not arrive within %v.", timeout)
 	case closed || errors.Is(err, io.ErrUnexpectedEOF) || err != nil && r.Context().Err() != nil:
 		return nil, refuse(statusClientClosed, "The body ended unexpectedly.")
-	case err != nil:
+	case err != nil || int64(len(body)) < r.ContentLength: // or something has read it already
 		return nil, malformedError("The body could not be read.")
 	}
 	r.Body = http.NoBody
@@ -298,7 +299,7 @@ func isVisible(s string, most int) bool {
 // versions returns the versions whose entity tags are among tags.
 func versions(tags []string) (all []int64) {
 	for _, tag := range tags {
-		if n, err := strconv.ParseInt(strings.Trim(tag, `"`), 10, 64); err == nil && etag(n) == tag {
+		if n, err := strconv.ParseInt(strings.Trim(tag, `"`), 10, 64); err == nil && n > 0 && etag(n) == tag {
 			all = append(all, n)
 		}
 	}

@@ -9,6 +9,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"math/rand/v2"
 	"net"
 	"net/http"
@@ -110,6 +111,11 @@ func TestAuthenticate(t *testing.T) {
 		{"no name, who says alice", is(""), "?user_id=alice", "403"},
 		{"U+0000", is("alice\x00"), "", "403"},
 		{"invalid UTF-8", is("alice\xff"), "", "403"},
+		{"alice, who signs the body", func(r *http.Request) (string, error) {
+			body, err := io.ReadAll(r.Body)
+			r.Body = io.NopCloser(bytes.NewReader(body))
+			return "alice", err
+		}, "", own},
 		{"an error", fails(errors.New(secret)), "", "401"},
 		{"an error, but a user_id", fails(errors.New(secret)), "?user_id=alice", "401"},
 		{"keys out of reach", fails(fmt.Errorf("%s: %w", secret, ErrUnavailable)), "", "503"},
@@ -147,6 +153,11 @@ func TestAuthenticate(t *testing.T) {
 			}
 		})
 	}
+	authenticate = func(r *http.Request) (string, error) {
+		_, err := io.ReadAll(r.Body)
+		return "alice", err
+	}
+	b.expect("400", "PATCH", "/api/tasks/"+noTask+"/complete", `{"completed":true}`) // no flip, though nothing is left of it
 	authenticate = fails(errors.New(secret))
 	calls = 0
 	b.expect("204", "OPTIONS", "/api/tasks", "", "Origin", origin, "Access-Control-Request-Method", "POST", "Access-Control-Request-Headers", "authorization")

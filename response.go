@@ -21,10 +21,7 @@ import (
 	"time"
 )
 
-const (
-	statusClientClosed = 499 // nginx's
-	noRoute            = "unmatched"
-)
+const statusClientClosed = 499 // nginx's
 
 // ServeHTTP answers a request by the endpoint of the route. It is the adapter
 // between endpoints and net/http: it alone writes, logs and counts.

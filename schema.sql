@@ -118,15 +118,18 @@ BEGIN
     END IF;
 
     -- Another program's table stays untouched.
-    IF (SELECT relkind <> 'r' FROM pg_class WHERE oid = to_regclass(tasks)) THEN
-        RAISE EXCEPTION '% is not an ordinary table: rename it, or set another search_path', tasks USING ERRCODE = 'wrong_object_type';
+    IF (SELECT relkind <> 'r' OR relpersistence <> 'p' FROM pg_class WHERE oid = to_regclass(tasks)) THEN
+        RAISE EXCEPTION '% is not an ordinary table that survives a crash: rename it, ALTER TABLE % SET LOGGED, or set another search_path',
+            tasks, tasks USING ERRCODE = 'wrong_object_type';
     END IF;
     WITH needed AS (
         SELECT split_part(needed, ' ', 1) AS name, needed AS definition FROM unnest(columns_needed) AS needed
     ), have AS (
-        SELECT attname AS name, attnotnull AND NOT atthasdef AND attidentity = '' AS must_be_set, concat_ws(' ', attname,
+        SELECT attname AS name, (attnotnull OR typnotnull) AND NOT atthasdef AND attidentity = '' AND typdefault IS NULL AS must_be_set,
+               concat_ws(' ', attname,
                 CASE typtype WHEN 'd' THEN format_type(typbasetype, typtypmod) ELSE format_type(atttypid, atttypmod) END,
-                CASE WHEN attnotnull THEN 'NOT NULL' END) AS definition
+                CASE WHEN attnotnull THEN 'NOT NULL' END,
+                CASE WHEN attgenerated <> '' OR attidentity = 'a' THEN 'GENERATED ALWAYS' END) AS definition
         FROM pg_attribute JOIN pg_type ON pg_type.oid = atttypid
         WHERE attrelid = to_regclass(tasks) AND attnum > 0 AND NOT attisdropped
     )
@@ -146,6 +149,10 @@ BEGIN
     IF wrong IS NOT NULL THEN
         RAISE EXCEPTION 'role "%" lacks privileges on table %: GRANT % ON % TO %',
             current_user, tasks, wrong, tasks, quote_ident(current_user) USING ERRCODE = 'insufficient_privilege';
+    END IF;
+    IF row_security_active(tasks) AND NOT EXISTS (SELECT FROM pg_policy WHERE polrelid = to_regclass(tasks)) THEN
+        RAISE EXCEPTION 'row-level security hides all rows of table % from role "%": let the role own the table, or CREATE POLICY',
+            tasks, current_user USING ERRCODE = 'insufficient_privilege';
     END IF;
 
     -- Look for each index by its definition. If any is missing, look again with

@@ -42,7 +42,7 @@ func NewServer(outer http.Handler, api *Handler) *Server {
 		DisableGeneralOptionsHandler: true,     // api answers OPTIONS *
 		MaxHeaderBytes:               64 << 10, // a 422 can be 30 times as long as its query
 		ReadHeaderTimeout:            10 * time.Second,
-		ReadTimeout:                  time.Minute, // headers and body
+		ReadTimeout:                  writeTimeout - 5*time.Second, // headers and body; then a 408 can still be written
 		WriteTimeout:                 writeTimeout,
 		IdleTimeout:                  11 * time.Minute, // load balancers keep idle connections for up to 10
 		BaseContext:                  s.addListener,
@@ -68,10 +68,9 @@ func (s *Server) track(outer http.Handler) http.Handler {
 }
 
 func (s *Server) setConnState(c net.Conn, state http.ConnState) {
+	s.unusedConns.Delete(c)
 	if state == http.StateNew {
 		s.unusedConns.Store(c, nil)
-	} else {
-		s.unusedConns.Delete(c)
 	}
 }
 

@@ -258,6 +258,9 @@ func TestServerTimeouts(t *testing.T) {
 			t.Errorf("%s: %v, want at most a minute", name, timeout)
 		}
 	}
+	if server.ReadTimeout >= server.WriteTimeout {
+		t.Error("no time to tell that a body is late")
+	}
 	if server.IdleTimeout <= 10*time.Minute {
 		t.Errorf("idle connections: %v, want more than load balancers keep theirs", server.IdleTimeout)
 	}

@@ -69,9 +69,6 @@ func (s *Store) Ping(ctx context.Context) error {
 	return nil
 }
 
-// Stats returns the statistics of the pool.
-func (s *Store) Stats() sql.DBStats { return s.db.Stats() }
-
 // Create makes a task. If the owner has used the key before, Create returns the
 // existing task and true, or [ErrKeyReused] if the draft differs. An empty key
 // means no key. Create does not check the rules of task.go, as the Handler does;
@@ -377,9 +374,8 @@ func (t *table[T]) change(ctx context.Context, target Target, q *statement, text
 	return row, ErrPrecondition
 }
 
-// rows runs a statement and scans the rows that it returns. It pins a connection:
-// on the pool itself, database/sql would run the statement again after a lost
-// connection, even if it took effect.
+// rows runs a statement and scans the rows that it returns. If the connection of a
+// SELECT had died while it was idle, rows runs it again.
 //
 // It first waits for a turn, first come, first served. database/sql alone serves
 // waiters in no order, so under load some would wait until their deadline.
@@ -395,6 +391,16 @@ func (t *table[T]) rows(ctx context.Context, text string, args ...any) (all []T,
 	if err != nil {
 		return nil, err
 	}
+	all, err = t.run(ctx, text, args)
+	if strings.HasPrefix(text, "SELECT") && ctx.Err() == nil && transient(err) {
+		all, err = t.run(ctx, text, args)
+	}
+	return all, err
+}
+
+// run runs a statement on a pinned connection: on the pool itself, database/sql
+// would run it again after a lost connection, even if it took effect.
+func (t *table[T]) run(ctx context.Context, text string, args []any) (all []T, err error) {
 	conn, err := t.db.Conn(ctx)
 	if err != nil {
 		return nil, err

@@ -159,6 +159,11 @@ func TestMigrateRefuses(t *testing.T) {
 		{"column that may be null", "$schema; GRANT ALL ON tasks TO $role; ALTER TABLE tasks ALTER version DROP NOT NULL", `has column "version bigint", not "version bigint NOT NULL" (`},
 		{"column that may not be null", "$schema; GRANT ALL ON tasks TO $role; ALTER TABLE tasks ADD due date NOT NULL", `has column "due date NOT NULL" without a default (`},
 		{"SQLModel's table", sqlModel + "; ALTER TABLE tasks OWNER TO $role; GRANT CREATE ON SCHEMA $here TO $role", `column "id integer NOT NULL", not "id uuid NOT NULL", `},
+		{"column that is computed", "$schema; GRANT ALL ON tasks TO $role; ALTER TABLE tasks DROP description, ADD description text GENERATED ALWAYS AS (title) STORED",
+			`has column "description text GENERATED ALWAYS", not "description text" (`},
+		{"column of a domain that may not be null", "$schema; GRANT ALL ON tasks TO $role; CREATE DOMAIN day AS date NOT NULL; ALTER TABLE tasks ADD due day", `has column "due date" without a default (`},
+		{"row-level security", "$schema; GRANT ALL ON tasks TO $role; ALTER TABLE tasks ENABLE ROW LEVEL SECURITY", `hides all rows of table $here.tasks from role "$role"`},
+		{"unlogged", "$schema; GRANT ALL ON tasks TO $role; ALTER TABLE tasks SET UNLOGGED", "ALTER TABLE $here.tasks SET LOGGED"},
 		{"view", "CREATE VIEW tasks AS SELECT 1 AS id", "$here.tasks is not an ordinary table"},
 	} {
 		here, role := fmt.Sprint("schema_", i), fmt.Sprint(prefix, "_", i)

@@ -22,11 +22,7 @@ import (
 
 // Limits of a task's texts, in Unicode code points. The constraints of
 // schema.sql repeat them.
-const (
-	maxUserID      = 255
-	maxTitle       = 200
-	maxDescription = 10_000
-)
+const maxUserID, maxTitle, maxDescription = 255, 200, 10_000
 
 // Errors of a [Store].
 var (
@@ -165,10 +161,12 @@ func decodeTaskPatch(body []byte) (TaskPatch, error) {
 func decodeCompletion(body []byte) (TaskPatch, error) {
 	d := newDecoder(body)
 	p := TaskPatch{Completed: take[bool](d, "completed", required, "must be true or false").Value}
-	for i := range d.violations {
-		d.violations[i].Detail += "; or send no body"
+	err := d.end()
+	invalid, _ := err.(InvalidError)
+	for i := range invalid {
+		invalid[i].Detail += "; or send no body"
 	}
-	return p, d.end()
+	return p, err
 }
 
 // task takes the members that a client may set at any time.

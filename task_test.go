@@ -35,6 +35,7 @@ func TestDecodeErrors(t *testing.T) {
 		{"PATCH", `{"description":[]}`, "#/description: must be a string"},
 		{"complete", `{"completed":"true"}`, "#/completed: must be true or false; or send no body"},
 		{"complete", `{}`, "#/completed: is required; or send no body"},
+		{"complete", `null`, "#: must be an object; or send no body"},
 		{"PATCH", `{"title":"\u2003"}`, "#/title: must not be blank"},
 		{"POST", `{"title":"a","user_id":""}`, "#/user_id: must not be empty"},
 		{"PATCH", `{"title":"` + strings.Repeat("é", 201) + `"}`, "#/title: must have at most 200 characters"},
