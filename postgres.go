@@ -360,9 +360,10 @@ func (c *conn) expire() {
 func (c *conn) setUp(ctx context.Context) error {
 	// One plan serves all values. PostgreSQL makes it without knowing how short a
 	// page is. Without these settings it might read and sort what an index has in
-	// order, or compile the plan.
+	// order, or compile the plan. A stricter isolation would only make single
+	// statements fail.
 	query := "SELECT set_config(name, value, false) FROM (VALUES " +
-		"('plan_cache_mode', 'force_generic_plan'), ('enable_sort', 'off'), ('jit', 'off')) AS settings (name, value)"
+		"('default_transaction_isolation', 'read committed'), ('plan_cache_mode', 'force_generic_plan'), ('enable_sort', 'off'), ('jit', 'off')) AS settings (name, value)"
 	local, tcp := c.socket.LocalAddr().(*net.TCPAddr)
 	switch {
 	case c.connector.prepare == "false" || c.connector.prepare == "auto" && !tcp:
