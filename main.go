@@ -7,10 +7,10 @@
 // the working directory. With -healthcheck it asks a running service, which it
 // finds by the same variables, whether it is up.
 //
-// On SIGINT or SIGTERM, /readyz turns 503, the requests in flight finish, and the
-// program exits with 0, or with 1 if they did not finish within SHUTDOWN_TIMEOUT.
-// A second signal ends it at once. Invalid settings exit with 2, any other
-// failure to start with 1.
+// On SIGINT, SIGTERM or SIGHUP, unless that is ignored, /readyz turns 503, the
+// requests in flight finish, and the program exits with 0, or with 1 if they did
+// not finish within SHUTDOWN_TIMEOUT. A second signal ends it at once. Invalid
+// settings exit with 2, any other failure to start with 1.
 package main
 
 import (
