@@ -141,6 +141,10 @@ func TestLocalDBFailedStart(t *testing.T) {
 
 func TestLocalDBRefusals(t *testing.T) {
 	t.Parallel()
+	old := t.TempDir()
+	if err := os.WriteFile(filepath.Join(old, "postgres"), []byte("#!/bin/sh\necho 'postgres (PostgreSQL) 13.9'\n"), 0o755); err != nil {
+		t.Fatal(err)
+	}
 	for _, test := range []struct {
 		name  string
 		setup func(t *testing.T, dir string)
@@ -150,6 +154,7 @@ func TestLocalDBRefusals(t *testing.T) {
 		{"no programs", func(*testing.T, string) {}, t.TempDir(), []string{
 			"apt-get install postgresql", "dnf install", "brew install", "PG_BIN", "DATABASE_URL",
 		}},
+		{"old programs", func(*testing.T, string) {}, old, []string{"no PostgreSQL 14 or later found in " + old}},
 		{"data of another version", func(t *testing.T, dir string) {
 			err := os.MkdirAll(filepath.Join(dir, "data"), 0o700)
 			if err := cmp.Or(err, os.WriteFile(filepath.Join(dir, "data", "PG_VERSION"), []byte("12\n"), 0o600)); err != nil {

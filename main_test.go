@@ -16,6 +16,7 @@ import (
 	"maps"
 	"net"
 	"net/http"
+	"net/http/httptest"
 	"os"
 	"os/exec"
 	"os/signal"
@@ -297,6 +298,9 @@ func TestHelp(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	if warning := "destroys data"; !strings.Contains(help.log.String(), warning) || !bytes.Contains(readme, []byte(warning)) {
+		t.Error("nothing warns of DB_PREPARE=true")
+	}
 	for _, v := range variables(new(config)) {
 		line := regexp.MustCompile(`(?m)^  ` + v.name + ` +\S.*$`).FindString(help.log.String())
 		if line == "" || v.byDefault != "" && !strings.HasSuffix(line, "("+v.byDefault+")") {
@@ -361,7 +365,7 @@ func TestInvalidSettings(t *testing.T) {
 		"PORT":             "x -1 65536 +80 :8080 localhost:8080",
 		"DB_MAX_CONNS":     number + " 10001",
 		"DB_PREPARE":       "x 2 TRUE",
-		"REQUEST_TIMEOUT":  duration + " 51s",
+		"REQUEST_TIMEOUT":  duration + " 46s",
 		"MAX_IN_FLIGHT":    number + " 1000001",
 		"SHUTDOWN_TIMEOUT": duration + " 61m",
 		"SHUTDOWN_DELAY":   "-1s 5 x 61m",
@@ -400,6 +404,7 @@ func TestValidSettings(t *testing.T) {
 		{"ADDR and white space", settings{"ADDR": " localhost:80\n"}, "localhost:80", "http://localhost:80"},
 		{"PORT and an empty ADDR", settings{"ADDR": "", "PORT": "81"}, ":81", "http://localhost:81"},
 		{"both empty", settings{"ADDR": "", "PORT": ""}, "localhost:8080", "http://localhost:8080"},
+		{"limits", settings{"DB_MAX_CONNS": "1", "MAX_IN_FLIGHT": "1000000", "REQUEST_TIMEOUT": "45s", "SHUTDOWN_DELAY": "0s"}, "localhost:8080", "http://localhost:8080"},
 		{"one origin", settings{"CORS_ORIGINS": "https://example.com"}, "localhost:8080", "http://localhost:8080"},
 		{"origins", settings{"CORS_ORIGINS": " https://example.com, http://localhost:3000,http://[::1]:443, chrome-extension://abc,https://xn--bcher-kva.example:8443,"}, "localhost:8080", "http://localhost:8080"},
 	} {
@@ -447,6 +452,13 @@ func TestInvalidDatabaseURL(t *testing.T) {
 func TestExitCodes(t *testing.T) {
 	t.Parallel()
 	running := serving(t, settings{"DATABASE_URL": newDatabase(t)})
+	ill := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if r.Host != "localhost" || r.URL.Path != "/healthz" {
+			t.Errorf("asked for %s of %s", r.URL, r.Host)
+		}
+		w.WriteHeader(http.StatusServiceUnavailable)
+	}))
+	t.Cleanup(ill.Close)
 	for _, test := range []struct {
 		name string
 		args []string
@@ -461,8 +473,10 @@ func TestExitCodes(t *testing.T) {
 		{"invalid setting", nil, settings{"DB_MAX_CONNS": "many"}, 2, `^tasks: DB_MAX_CONNS is "many"; it must be a number`},
 		{"invalid DATABASE_URL", nil, settings{"DATABASE_URL": "x"}, 2, `^tasks: DATABASE_URL: `},
 		{"port in use", nil, settings{"DATABASE_URL": newDatabase(t), "ADDR": running.addr()}, 1, `^tasks: .*address already in use \(ADDR or PORT chooses another address\)`},
+		{"no such database", nil, settings{"DATABASE_URL": newDatabase(t) + " dbname=unknown"}, 1, `^tasks: .*"unknown" does not exist`},
+		{"not healthy", []string{"-healthcheck"}, settings{"ADDR": ill.Listener.Addr().String()}, 1, `^tasks: .* answered 503`},
 		{"healthy", []string{"-healthcheck"}, settings{"ADDR": running.addr()}, 0, `^$`},
-		{"not healthy", []string{"-healthcheck"}, settings{"ADDR": "127.0.0.1:1"}, 1, `^tasks: .*connection refused`},
+		{"not running", []string{"-healthcheck"}, settings{"ADDR": "127.0.0.1:1"}, 1, `^tasks: .*connection refused`},
 		{"no such address", []string{"-healthcheck"}, settings{"ADDR": "a b:1"}, 1, `^tasks: .*a b`},
 		{"not by a proxy", []string{"-healthcheck"}, settings{"ADDR": "192.0.2.1:80", "HTTP_PROXY": running.url()}, 1, `^tasks: Get "http://192.0.2.1:80/`},
 	} {
@@ -490,11 +504,13 @@ func TestStartBeforeDatabase(t *testing.T) {
 
 func TestStopBeforeDatabase(t *testing.T) {
 	t.Parallel()
-	p := start(t, t.TempDir(), settings{"DATABASE_URL": "host=127.0.0.1 port=1 user=alice"})
-	p.logged("not ready yet")
-	p.signal(os.Interrupt)
-	if said := p.exit(0); said != "" {
-		t.Errorf("said %q", said)
+	for line, url := range map[string]string{"not ready yet": "host=127.0.0.1 port=1 user=alice", "starting a private PostgreSQL": ""} {
+		p := start(t, filepath.Dir(newLocalDir(t)), settings{"DATABASE_URL": url})
+		p.logged(line)
+		p.signal(os.Interrupt)
+		if said := p.exit(0); said != "" {
+			t.Errorf("after %q it said %q", line, said)
+		}
 	}
 }
 
@@ -514,16 +530,17 @@ func TestUserHeader(t *testing.T) {
 	}
 }
 
-// All of these listen on a loopback address.
+// A service on a loopback address serves few hosts by default.
 func TestAllowedHosts(t *testing.T) {
 	t.Parallel()
 	dbURL := newDatabase(t)
-	for _, test := range []struct{ allowed, served, refused string }{
-		{"", "localhost LOCALHOST.:1 a.localhost 127.0.0.1:80 192.0.2.1 [::1]:80", "example.com evil.example:8080 localhost.example"},
-		{"Example.com., b.example", "example.com:80 EXAMPLE.COM b.example. localhost 192.0.2.1", "a.example.com evil.example"},
-		{"*", "localhost evil.example:8080", ""},
+	for _, test := range []struct{ addr, allowed, served, refused string }{
+		{":0", "", "localhost evil.example:8080", ""},
+		{"", "", "localhost LOCALHOST.:1 a.localhost 127.0.0.1:80 192.0.2.1 [::1]:80", "example.com evil.example:8080 localhost.example"},
+		{"", "Example.com., b.example", "example.com:80 EXAMPLE.COM b.example. localhost 192.0.2.1", "a.example.com evil.example"},
+		{"", "*", "localhost evil.example:8080", ""},
 	} {
-		s := serving(t, settings{"DATABASE_URL": dbURL, "ALLOWED_HOSTS": test.allowed})
+		s := serving(t, settings{"DATABASE_URL": dbURL, "ADDR": cmp.Or(test.addr, "127.0.0.1:0"), "ALLOWED_HOSTS": test.allowed})
 		for want, hosts := range map[int]string{http.StatusOK: test.served, http.StatusMisdirectedRequest: test.refused} {
 			for host := range strings.FieldsSeq(hosts) {
 				if resp, body := s.send("GET", "/api/tasks", "", http.Header{"Host": {host}}); resp.StatusCode != want {
@@ -669,6 +686,17 @@ func TestLogWithoutReader(t *testing.T) {
 	}
 }
 
+// Lines that nobody can take are lost.
+func TestLogFull(t *testing.T) {
+	t.Parallel()
+	reader, writer := io.Pipe()
+	defer reader.Close()
+	log, _ := newLogWriter(writer)
+	for range 20_000 {
+		log.Write([]byte("line\n"))
+	}
+}
+
 // A signal stops the program once SHUTDOWN_DELAY has passed and the request in
 // flight has been answered, or when SHUTDOWN_TIMEOUT has passed. A second one
 // ends it.
@@ -697,6 +725,7 @@ func TestStop(t *testing.T) {
 			})
 			p.post("in the delay")
 		}, 0, "^$"},
+		{"delay longer than the timeout", "2s", "1s", func(_ *process, held *heldRequest) { held.finish() }, 0, "^$"},
 		{"timeout", "", "200ms", func(*process, *heldRequest) {}, 1, "^tasks: requests were still in flight after 200ms"},
 		{"second signal", "1h", "1h", func(p *process, _ *heldRequest) { p.signal(syscall.SIGTERM) }, -1, "^$"},
 	} {
@@ -745,7 +774,7 @@ func TestPrivatePostgreSQL(t *testing.T) {
 	dir := newLocalDir(t)
 	server := func() postmaster { return (&localDB{dir: dir}).postmaster() }
 	// What libpq would take from the environment is about another server.
-	env := settings{"PGHOSTADDR": "192.0.2.1", "PGCHANNELBINDING": "require", "PGOPTIONS": "-c foo=bar"}
+	env := settings{"PGHOSTADDR": "192.0.2.1", "PGCHANNELBINDING": "require", "PGOPTIONS": "-c foo=bar", "DB_MAX_CONNS": "200"}
 	want := ""
 	var running postmaster
 	for _, step := range []struct{ before, title string }{{"nothing", "made first"}, {"a crash", "made after a crash"}, {"a stop", "made after a stop"}} {
@@ -755,6 +784,12 @@ func TestPrivatePostgreSQL(t *testing.T) {
 			t.Errorf("after %s the tasks are %q, want %q", step.before, got, want)
 		}
 		p.post(step.title)
+		if _, page := p.get("/metrics"); !strings.Contains(page, "go_sql_max_open_connections 200\n") {
+			t.Error("DB_MAX_CONNS has no effect")
+		}
+		if n := queryLocal(t, fmt.Sprintf("host=%s user=postgres", server().sockets), "SHOW max_connections"); n != "210" {
+			t.Errorf("max_connections is %s", n)
+		}
 		// This address is the machine's own too, on Linux.
 		if conn, err := net.DialTimeout("tcp", strings.Replace(p.addr(), "127.0.0.1", "127.0.0.2", 1), time.Second); err == nil {
 			conn.Close()

@@ -23,6 +23,7 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+	"time"
 
 	"github.com/lib/pq"
 	"github.com/lib/pq/pqerror"
@@ -159,6 +160,9 @@ func TestParseURLErrors(t *testing.T) {
 		},
 		"remove +psycopg2 from":     {"postgresql+psycopg2://alice:s3cret@localhost/a?sslmode=require"}, // as SQLAlchemy has it
 		`remove " from`:             {`"postgres://alice:s3cret@localhost/a"`},
+		"remove ' from":             {"'postgres://alice:s3cret@localhost/a'"},
+		"remove ` from":             {"`postgres://alice:s3cret@localhost/a`"},
+		"remove DB_URI= from":       {"DB_URI=postgres://alice:s3cret@localhost/a"},
 		"remove psql from":          {"psql 'postgres://alice:s3cret@localhost/a'"},
 		"remove export from":        {"export DATABASE_URL=postgres://alice:s3cret@localhost/a"},
 		"remove DATABASE_URL= from": {" DATABASE_URL='postgres://alice:s3cret@localhost/a'"},
@@ -378,7 +382,22 @@ func TestSilentHost(t *testing.T) {
 	defer silent.Close()
 	port := fmt.Sprintf("port=%d,", silent.Addr().(*net.TCPAddr).Port)
 	a := newAPIOn(t, strings.NewReplacer("host=", "host=127.0.0.1,", "port=", port).Replace(newProxy(t, newDatabase(t)).url), Options{})
-	together(3, func(int) { a.create(`{"title":"a"}`) }) // more than the connection of the start
+	conn, err := a.db.Conn(t.Context()) // that of the start: the next one is new
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	a.create(`{"title":"a"}`)
+}
+
+// The limit of connecting does not end statements.
+func TestConnectTimeout(t *testing.T) {
+	t.Parallel()
+	db := open(t, newDatabase(t)+" connect_timeout=1")
+	defer db.Close()
+	if _, err := db.Exec("SELECT pg_sleep(1.5)"); err != nil {
+		t.Error(err)
+	}
 }
 
 // Only on a direct connection statements are prepared and the session changed.
@@ -618,6 +637,9 @@ func testSilentServer(t *testing.T, dbURL string, mode string, name string, f fa
 // requests to cancel that arrive before their statements.
 func TestLeaveTogether(t *testing.T) {
 	t.Parallel()
+	if took := cancelTimeout + cancelGrace + closeTimeout; took >= time.Second {
+		t.Errorf("leaving may take %v", took)
+	}
 	db := open(t, newDatabase(t))
 	defer db.Close()
 	for round := range 20 {

@@ -9,7 +9,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"net"
 	"net/http"
 	"net/netip"
 	"net/url"
@@ -143,13 +142,12 @@ func (h *Handler) readBody(w http.ResponseWriter, r *http.Request, start time.Ti
 		body, err = io.ReadAll(http.MaxBytesReader(w, r.Body, maxBody))
 	}
 	large, tooLarge := errors.AsType[*http.MaxBytesError](err) // or of an outer handler
-	_, closed := errors.AsType[*net.OpError](err)
 	switch {
 	case tooLarge:
 		return nil, refuse(http.StatusRequestEntityTooLarge, "The body is larger than %d bytes.", large.Limit)
 	case errors.Is(err, os.ErrDeadlineExceeded):
 		return nil, refuse(http.StatusRequestTimeout, "The body did not arrive within %v.", timeout)
-	case closed || errors.Is(err, io.ErrUnexpectedEOF) || err != nil && r.Context().Err() != nil:
+	case err != nil && r.Context().Err() != nil:
 		return nil, refuse(statusClientClosed, "The body ended unexpectedly.")
 	case err != nil || int64(len(body)) < r.ContentLength: // or something has read it already
 		return nil, malformedError("The body could not be read.")

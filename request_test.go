@@ -525,7 +525,7 @@ func TestMalformedBodies(t *testing.T) {
 	for _, body := range []string{
 		" ", `{"title":"a"`, `{"title":"a"} {}`, `{"title":"a",}`, "\ufeff" + `{"title":"a"}`, "{\"title\":\"a\nb\"}", "{\"title\":\"a\x00b\"}",
 		"{\"title\":\"a\xff\"}", "{\"title\":\"a\",\"id\":[\"\xff\"]}", `{"title":"\ud83dx"}`, `{"title":"\ude00"}`, `{"title":"a","id":{"x":["\ud83d"]}}`,
-		`{"title":"a","title":"a"}`, `{"title":"a","\u0074itle":"a"}`, `{"title":"a","id":[{"x":[{"y":1,"y":1}]}]}`,
+		`{"title":"a","title":"a"}`, `{"title":"a","\u0074itle":"a"}`, "{\"title\" :\"a\",\"title\"\t:\"a\"}", "{\"title\"\r:\"a\",\"title\"\n:\"a\"}", `{"title":"a","id":[{"x":[{"y":1,"y":1}]}]}`,
 		`{"title":"a","id":` + strings.Repeat("[", 10_000) + strings.Repeat("]", 10_000) + `}`, strings.Repeat(`{"":`, 20_000),
 	} {
 		for _, op := range withBody(id) {

@@ -165,6 +165,7 @@ func TestMigrateRefuses(t *testing.T) {
 		{"row-level security", "$schema; GRANT ALL ON tasks TO $role; ALTER TABLE tasks ENABLE ROW LEVEL SECURITY", `hides all rows of table $here.tasks from role "$role"`},
 		{"unlogged", "$schema; GRANT ALL ON tasks TO $role; ALTER TABLE tasks SET UNLOGGED", "ALTER TABLE $here.tasks SET LOGGED"},
 		{"view", "CREATE VIEW tasks AS SELECT 1 AS id", "$here.tasks is not an ordinary table"},
+		{"materialized view", "CREATE MATERIALIZED VIEW tasks AS SELECT 1 AS id", "$here.tasks is not an ordinary table"},
 	} {
 		here, role := fmt.Sprint("schema_", i), fmt.Sprint(prefix, "_", i)
 		fill := strings.NewReplacer("$role", role, "$here", here, "$schema", schema)
