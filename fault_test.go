@@ -523,6 +523,22 @@ func testFaultEachOperation(t *testing.T, f fault, prepare string) {
 	}
 }
 
+// Creations that share a statement are not run again when its reply is lost.
+func TestFaultBatch(t *testing.T) {
+	t.Parallel()
+	for _, f := range []fault{cutWithin, cutAfter, resetAfter} {
+		p := newProxy(t, newDatabase(t))
+		a := newAPIWithPool(t, p.url, 4, "true", Options{})
+		a.log.expected.Store(true)
+		a.fillPool()
+		p.times(100, f)
+		together(60, func(int) { a.want503(a.do("POST", "/api/tasks", `{"title": "a"}`)) })
+		if n := p.counts[f].Load(); n >= 60 {
+			t.Errorf("%s: %d statements for 60 creations", f, n)
+		}
+	}
+}
+
 // Connections that a middlebox has forgotten while they were idle are reset when
 // they are used. That costs reads nothing, and one write a 503.
 func TestFaultForgotten(t *testing.T) {
