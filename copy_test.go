@@ -6,6 +6,7 @@ package main
 // service's own are tested here too.
 
 import (
+	"context"
 	"database/sql"
 	"errors"
 	"fmt"
@@ -202,6 +203,17 @@ func TestAnyRouter(t *testing.T) {
 	mux := http.NewServeMux()
 	mux.Handle("/api/tasks", a.Handler)
 	mux.Handle("/api/tasks/", a.Handler)
+	// The deadline of an outer handler is no client that has gone.
+	unlock := lockTasks(t, a.dbURL, lockTable)
+	ctx, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
+	defer cancel()
+	late := httptest.NewRecorder()
+	a.log.expected.Store(true)
+	a.Handler.ServeHTTP(late, httptest.NewRequestWithContext(ctx, "GET", "/api/tasks", nil))
+	unlock()
+	if late.Code != http.StatusServiceUnavailable {
+		t.Errorf("the outer deadline: %d", late.Code)
+	}
 	acme := NewHandler(a.store, Options{Prefix: "/acme", Logger: a.opts.Logger, RequestTimeout: -1, MaxInFlight: -1, Hosts: []string{"example.com"}})
 	mux.Handle("/acme/", withPathValue(http.StripPrefix("/acme", acme)))
 	for name, h := range map[string]http.Handler{"path value": withPathValue(a.Handler), "mux": mux, "mux and prefix": mux} {
