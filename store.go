@@ -392,7 +392,7 @@ func (t *table[T]) rows(ctx context.Context, text string, args ...any) (all []T,
 		return nil, err
 	}
 	all, err = t.run(ctx, text, args)
-	if strings.HasPrefix(text, "SELECT") && ctx.Err() == nil && transient(err) {
+	if strings.HasPrefix(text, "SELECT") && ctx.Err() == nil && transient(err) && sqlState(err) == "" {
 		all, err = t.run(ctx, text, args)
 	}
 	return all, err
