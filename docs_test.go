@@ -612,6 +612,7 @@ const sheet = new CSSStyleSheet();
 sheet.replaceSync('* { line-height: 1.5 !important; letter-spacing: 0.12em !important; word-spacing: 0.16em !important } p { margin-bottom: 2em !important }');
 document.adoptedStyleSheets = innerWidth < 500 ? [sheet] : [];
 const result = { width: document.documentElement.scrollWidth, dark: luminance(behind(document.body)) < 0.2, texts: 0, faint: [] };
+if (document.documentElement.lang !== 'en') result.faint.push('its language is not named (3.1.1)');
 for (const element of document.body.querySelectorAll('*')) {
 	const { color, borderTopColor } = getComputedStyle(element);
 	const control = element.matches('input, select, textarea, button');
