@@ -563,6 +563,23 @@ func TestFaultForgotten(t *testing.T) {
 	})
 }
 
+// A slow read that is ended with its connection is not run again.
+func TestFaultSlowRead(t *testing.T) {
+	t.Parallel()
+	a := newAPI(t, Options{RequestTimeout: patience})
+	a.log.expected.Store(true)
+	unlock := lockTasks(t, a.dbURL, lockTable)
+	status := make(chan int, 1)
+	go func() { status <- a.do("GET", "/api/tasks", "").StatusCode }()
+	waitFor(t, "the statement to wait", func() bool { return waiting(t, a.dbURL) == 1 })
+	execSQL(t, a.dbURL, fmt.Sprintf("SELECT pg_sleep(%v)", lostTime.Seconds()))
+	execSQL(t, a.dbURL, "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'")
+	unlock()
+	if got := <-status; got != http.StatusServiceUnavailable {
+		t.Errorf("status %d", got)
+	}
+}
+
 // Faults at random under load. The tasks of each request are its own, so that
 // what became of it can be told; two more are everybody's.
 func TestFaultWorkload(t *testing.T) {

@@ -9,8 +9,8 @@
 //
 // On SIGINT, SIGTERM or SIGHUP, unless that is ignored, /readyz turns 503, the
 // requests in flight finish, and the program exits with 0, or with 1 if they did
-// not finish within SHUTDOWN_TIMEOUT. A second signal ends it at once. Invalid
-// settings exit with 2, any other failure to start with 1.
+// not finish within SHUTDOWN_TIMEOUT. A second SIGINT or SIGTERM ends it at once.
+// Invalid settings exit with 2, any other failure to start with 1.
 package main
 
 import (
@@ -48,7 +48,8 @@ func main() {
 		signals = append(signals, syscall.SIGHUP) // the terminal is closed
 	}
 	ctx, stop := signal.NotifyContext(context.Background(), signals...)
-	context.AfterFunc(ctx, stop) // so that a second signal ends the program at once
+	// A second signal ends the program at once, but a terminal sends SIGHUP twice.
+	context.AfterFunc(ctx, func() { signal.Ignore(syscall.SIGHUP); stop() })
 	if os.Getenv("GOGC") == "" && os.Getenv("GOMEMLIMIT") == "" {
 		debug.SetGCPercent(250) // collects less often than Go's 100, for more memory under load
 	}
@@ -171,7 +172,7 @@ func configure(getenv func(string) string, out io.Writer) (cfg config, err error
 		s.set(s.byDefault)
 	}
 	for _, s := range all {
-		if text := strings.TrimSpace(getenv(s.name)); text != "" && !s.set(text) {
+		if text := getenv(s.name); text != "" && !s.set(strings.TrimSpace(text)) {
 			return cfg, fmt.Errorf("%s is %q; it must be %s", s.name, text, s.want)
 		}
 	}

@@ -383,6 +383,9 @@ func TestInvalidSettings(t *testing.T) {
 			}
 		}
 	}
+	if _, err := configure(settings{"USER_HEADER": " "}.get, io.Discard); err == nil {
+		t.Error("a blank USER_HEADER means that nothing authenticates")
+	}
 }
 
 func TestValidSettings(t *testing.T) {
@@ -677,7 +680,9 @@ func TestLogWithoutReader(t *testing.T) {
 			}
 			p.hold()
 			if hangup := syscall.SIGHUP; gone && !signal.Ignored(hangup) { // the terminal is closed
-				p.signal(hangup)
+				for range 5 { // bash and the kernel both send it
+					p.signal(hangup)
+				}
 			} else {
 				p.signal(syscall.SIGTERM)
 			}

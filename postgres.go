@@ -39,6 +39,7 @@ import (
 //     sslmode=verify-full, which protects against the same attacks, with the
 //     system's certificates unless sslrootcert names others;
 //   - a name that libpq does not know is a setting of the server;
+//   - keepalives and gssencmode, except gssencmode=require, have no effect;
 //   - in a URL an @ outside user and password must be percent-encoded, as must
 //     every #;
 //   - service must be the only setting, and PGSERVICE counts only if the string is
@@ -80,11 +81,10 @@ func parseURL(connString string) (cfg pq.Config, err error) {
 	if err != nil {
 		return cfg, err
 	}
-	_, named := set["service"]
-	if named && len(set) > 1 {
+	switch _, named := set["service"]; {
+	case named && len(set) > 1:
 		return cfg, errors.New("service must be the only setting, because the service file would win over the others")
-	}
-	if !named && len(set) > 0 {
+	case !named && len(set) > 0:
 		set["service"] = "" // or PGSERVICE would win (lib/pq#1344)
 	}
 	binding := cmp.Or(set["channel_binding"], "prefer")
@@ -128,9 +128,9 @@ var (
 	escapeForm = regexp.MustCompile(`(?s)\\(.)`)
 )
 
-// needless matches settings that lib/pq does not know and that have their effect
-// without it: Go keeps connections alive, and nothing uses GSS.
-var needless = regexp.MustCompile(`^(?:channel_binding=|keepalives|gssencmode=(?:disable|prefer)$)`)
+// needless matches settings that lib/pq does not know and that are not needed: Go
+// keeps connections alive, and nothing uses GSS.
+var needless = regexp.MustCompile(`^(?:channel_binding=|keepalives(?:_idle|_interval|_count)?=|gssencmode=(?:disable|prefer)$)`)
 
 // errSyntax does not show what is wrong: any part may belong to the password.
 var errSyntax = errors.New("neither a URL such as postgres://user:password@host:port/database?name=value, with special characters " +
@@ -281,8 +281,7 @@ func (c *connector) Connect(ctx context.Context) (driver.Conn, error) {
 	if !cn.detach() {
 		err = cmp.Or(err, ctx.Err())
 	}
-	err = cmp.Or(err, cn.socket.SetDeadline(time.Time{}))
-	if err != nil {
+	if err = cmp.Or(err, cn.socket.SetDeadline(time.Time{})); err != nil {
 		_ = cn.Close()
 		return nil, &connectError{err}
 	}
@@ -298,8 +297,9 @@ const (
 )
 
 // aliveTime is how long after its last statement a connection is assumed to be
-// alive without a check, which would cost a system call.
-const aliveTime = time.Millisecond
+// alive without a check, which would cost a system call. lostTime is how soon a
+// statement fails if its connection had died before.
+const aliveTime, lostTime = time.Millisecond, time.Second
 
 // pqConn is what lib/pq's connections can do.
 type pqConn interface {
@@ -323,7 +323,7 @@ type conn struct {
 	socket    net.Conn
 	detach    func() bool                        // makes socket independent of the context of Connect
 	unfit     atomic.Bool                        // for another statement
-	used      time.Time                          // when the last statement was answered
+	used      time.Time                          // when it was last taken from the pool, or answered
 	prepared  map[string]driver.StmtQueryContext // by query; nil: none are
 }
 
@@ -360,10 +360,9 @@ func (c *conn) expire() {
 func (c *conn) setUp(ctx context.Context) error {
 	// One plan serves all values. PostgreSQL makes it without knowing how short a
 	// page is. Without these settings it might read and sort what an index has in
-	// order, or compile the plan. A stricter isolation would only make single
-	// statements fail.
+	// order, or compile the plan.
 	query := "SELECT set_config(name, value, false) FROM (VALUES " +
-		"('default_transaction_isolation', 'read committed'), ('plan_cache_mode', 'force_generic_plan'), ('enable_sort', 'off'), ('jit', 'off')) AS settings (name, value)"
+		"('plan_cache_mode', 'force_generic_plan'), ('enable_sort', 'off'), ('jit', 'off')) AS settings (name, value)"
 	local, tcp := c.socket.LocalAddr().(*net.TCPAddr)
 	switch {
 	case c.connector.prepare == "false" || c.connector.prepare == "auto" && !tcp:
@@ -396,6 +395,7 @@ func (c *conn) ResetSession(context.Context) error {
 	if !c.IsValid() || time.Since(c.used) > aliveTime && c.closed() {
 		return driver.ErrBadConn
 	}
+	c.used = time.Now()
 	return nil
 }
 
@@ -437,12 +437,13 @@ func (c *conn) BeginTx(ctx context.Context, opts driver.TxOptions) (driver.Tx, e
 // database/sql would run it again. It drops the connection after errors that
 // later statements would meet too.
 func (c *conn) judge(err error) error {
+	took := time.Since(c.used)
 	c.used = time.Now()
 	switch state := sqlState(err); {
-	case state == "25006", state == "" && err != nil && !c.unfit.Load():
+	case state == "25006", state == "" && transient(err) && took < lostTime && !c.unfit.Load():
 		// The server has become a standby, or the session is read-only by default:
 		// if the address has moved to a new primary, older connections have not. Or
-		// the connection is lost, and so may be others that have been idle.
+		// the connection had died, and so may have others that are idle.
 		c.connector.moves.CompareAndSwap(c.moves, c.moves+1)
 	case strings.HasPrefix(state, "57P"), strings.HasPrefix(state, "08"):
 		// The server is shutting down, or a pooler has lost it.

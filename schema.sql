@@ -151,7 +151,7 @@ BEGIN
             current_user, tasks, wrong, tasks, quote_ident(current_user) USING ERRCODE = 'insufficient_privilege';
     END IF;
     IF row_security_active(tasks) AND NOT EXISTS (SELECT FROM pg_policy WHERE polrelid = to_regclass(tasks)) THEN
-        RAISE EXCEPTION 'row-level security hides all rows of table % from role "%": let the role own the table, or CREATE POLICY',
+        RAISE EXCEPTION 'row-level security hides all rows of table % from role "%": let the role own the table, without FORCE ROW LEVEL SECURITY, or CREATE POLICY',
             tasks, current_user USING ERRCODE = 'insufficient_privilege';
     END IF;
 

@@ -391,8 +391,9 @@ func (t *table[T]) rows(ctx context.Context, text string, args ...any) (all []T,
 	if err != nil {
 		return nil, err
 	}
+	start := time.Now()
 	all, err = t.run(ctx, text, args)
-	if strings.HasPrefix(text, "SELECT") && ctx.Err() == nil && transient(err) && sqlState(err) == "" {
+	if strings.HasPrefix(text, "SELECT") && ctx.Err() == nil && time.Since(start) < lostTime && transient(err) && sqlState(err) == "" {
 		all, err = t.run(ctx, text, args)
 	}
 	return all, err

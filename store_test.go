@@ -397,19 +397,6 @@ func TestPlansAreKept(t *testing.T) {
 	}
 }
 
-// Where PostgreSQL isolates transactions more strictly by default, changes that
-// meet do not fail.
-func TestIsolation(t *testing.T) {
-	t.Parallel()
-	a := newAPIWithPool(t, newDatabase(t)+" default_transaction_isolation=serializable", 8, "true", Options{})
-	path := "/api/tasks/" + a.create(`{"title": "a"}`).ID + "/complete"
-	together(8, func(int) {
-		for range 20 {
-			a.want(200, a.do("PATCH", path, ""))
-		}
-	})
-}
-
 // A trigger that drops what is stored is a defect, not a task that is missing or
 // a key that is taken.
 func TestDroppedRow(t *testing.T) {
