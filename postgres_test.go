@@ -393,10 +393,12 @@ func TestSilentHost(t *testing.T) {
 // The limit of connecting does not end statements.
 func TestConnectTimeout(t *testing.T) {
 	t.Parallel()
-	db := open(t, newDatabase(t)+" connect_timeout=1")
-	defer db.Close()
-	if _, err := db.Exec("SELECT pg_sleep(1.5)"); err != nil {
-		t.Error(err)
+	for _, limit := range []string{"1", "-1"} { // -1: none
+		db := open(t, newDatabase(t)+" connect_timeout="+limit)
+		defer db.Close()
+		if _, err := db.Exec("SELECT pg_sleep(1.5)"); err != nil {
+			t.Errorf("connect_timeout=%s: %v", limit, err)
+		}
 	}
 }
 
