@@ -1,9 +1,8 @@
 package main
 
 // bench_test.go measures each operation with 16 clients over HTTP and, for its
-// floor, as the statement alone through database/sql; and what routing and
-// encoding cost by themselves. PostgreSQL has fsync off, as for all tests, and
-// shares the machine with the service and its clients.
+// floor, as the statement alone through database/sql. PostgreSQL has fsync off, as
+// for all tests, and shares the machine with the service and its clients.
 
 import (
 	"encoding/json"
@@ -153,27 +152,6 @@ func benchOperations(b *testing.B, store *Store, tasks int) {
 	} {
 		b.Run(op.name+"/http", func(b *testing.B) { benchParallel(b, op.http) })
 		b.Run(op.name+"/sql", func(b *testing.B) { benchParallel(b, op.sql) })
-	}
-}
-
-// BenchmarkHealth is what routing, headers, metrics and the log cost alone.
-func BenchmarkHealth(b *testing.B) {
-	handler := NewHandler(&Store{}, Options{Logger: slog.New(slog.NewTextHandler(io.Discard, nil))})
-	req := httptest.NewRequest("GET", "/healthz", nil)
-	b.ReportAllocs()
-	for b.Loop() {
-		handler.ServeHTTP(httptest.NewRecorder(), req)
-	}
-}
-
-// BenchmarkEncode is what encoding a page of tasks costs alone.
-func BenchmarkEncode(b *testing.B) {
-	text := "What there is to say of a task"
-	task := Task{ID: benchID(1), Title: text, Description: &text, UserID: &text, Version: 1, CreatedAt: time.Now().UTC(), UpdatedAt: time.Now().UTC()}
-	page := slices.Repeat([]Task{task}, 50)
-	b.ReportAllocs()
-	for b.Loop() {
-		listed(&request{}, page, false, nil)
 	}
 }
 

@@ -1122,11 +1122,8 @@ func TestIdempotencyKeyLivesWithItsTask(t *testing.T) {
 	}
 	first := a.task(repeat())
 	path := "/api/tasks/" + first.ID
-	// Later versions make the same digest.
-	const digest = "9730af748a908ea9d0d2491d91f2fe49fd53a4eef793e3265ad06bb209c59d2f"
-	var stored string
-	if err := a.db.QueryRow("SELECT encode(idempotency_digest, 'hex') FROM tasks").Scan(&stored); err != nil || stored != digest {
-		t.Errorf("the digest is %s, %v", stored, err)
+	if queryInt(t, a.dbURL, `SELECT count(*) FROM tasks WHERE idempotency_digest = '\x9730af748a908ea9d0d2491d91f2fe49fd53a4eef793e3265ad06bb209c59d2f'`) != 1 {
+		t.Error("keys of an earlier version have another digest")
 	}
 	changed := a.want(200, a.do("PATCH", path, `{"title":"b"}`))
 	if got := repeat(); !bytes.Equal(got.body, changed.body) || got.Header.Get("ETag") != `"2"` || got.Header.Get("Idempotency-Replayed") != "true" {

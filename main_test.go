@@ -691,7 +691,7 @@ func TestLogWithoutReader(t *testing.T) {
 	}
 }
 
-// Lines that nobody can take are lost.
+// A log that takes no lines does not block its writer.
 func TestLogFull(t *testing.T) {
 	t.Parallel()
 	reader, writer := io.Pipe()

@@ -10,7 +10,6 @@ import (
 	"slices"
 	"strconv"
 	"strings"
-	"sync"
 	"testing"
 	"time"
 	"unsafe"
@@ -102,16 +101,7 @@ func TestMetricsConcurrent(t *testing.T) {
 func TestMetricsConcurrentFirst(t *testing.T) {
 	for range 2000 {
 		var m metrics
-		var served sync.WaitGroup
-		start := make(chan struct{})
-		for range 4 {
-			served.Go(func() {
-				<-start
-				m.observe("/", "GET", 200, 0)
-			})
-		}
-		close(start)
-		served.Wait()
+		together(4, func(int) { m.observe("/", "GET", 200, 0) })
 		if want := []byte("http_requests_total{route=\"/\",method=\"GET\",status=\"200\"} 4\n"); !bytes.Contains(m.appendTo(nil, sql.DBStats{}), want) {
 			t.Fatalf("no %s", want)
 		}

@@ -96,8 +96,6 @@ func parseURL(connString string) (cfg pq.Config, err error) {
 	}
 	cfg, err = pq.NewConfig(keywords)
 	switch {
-	case err != nil && !strings.HasPrefix(err.Error(), "pq: "): // of os/user
-		return cfg, fmt.Errorf("no user given, and the current user has no name (%w)", err)
 	case err != nil:
 		return cfg, err
 	case isSocket(cfg.Host) && !allLocal(cfg): // lib/pq would use TLS for none of them

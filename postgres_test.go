@@ -726,27 +726,3 @@ func TestCondemnedSession(t *testing.T) {
 		}
 	}
 }
-
-// A process whose user has no name, as in an image, is told that no user is given.
-func TestNoUser(t *testing.T) {
-	if os.Getenv("TASKS_TEST_NO_USER") != "" {
-		_, err := OpenDB("host=localhost")
-		fmt.Println(err)
-		return
-	}
-	if os.Geteuid() != 0 {
-		t.Skip("only root can become a user without a name")
-	}
-	dir := shortTempDir(t)
-	program := filepath.Join(dir, "test")
-	binary, err := os.ReadFile(os.Args[0])
-	if err := errors.Join(err, os.WriteFile(program, binary, 0o755)); err != nil {
-		t.Fatal(err)
-	}
-	cmd := exec.Command(program, "-test.run=^TestNoUser$")
-	cmd.Dir, cmd.Env = dir, []string{"TASKS_TEST_NO_USER=1"}
-	cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: 65532, Gid: 65532}}
-	if out, err := cmd.CombinedOutput(); err != nil || !strings.Contains(string(out), "no user given") {
-		t.Errorf("%s, %v", out, err)
-	}
-}

@@ -133,11 +133,8 @@ func TestShutdownIdleClients(t *testing.T) {
 			if io.WriteString(conn, sent); sent != "" {
 				conn.Read(make([]byte, 1))
 			}
-			a.do("GET", "/healthz", "") // on a later connection: the first one has been accepted
-			limit := promptly
-			if sent == "" {
-				limit = 4 * time.Second // net/http alone would wait 5
-			}
+			a.do("GET", "/healthz", "")                                                         // on a later connection: the first one has been accepted
+			limit := map[bool]time.Duration{true: 4 * time.Second, false: promptly}[sent == ""] // net/http alone would wait 5 s
 			ctx, cancel := context.WithTimeout(t.Context(), limit)
 			defer cancel()
 			if err := server.Shutdown(ctx); err != nil {
