@@ -41,7 +41,7 @@ const (
 	deadline = 5 * time.Second  // of requests that a silent server keeps waiting
 )
 
-// waitFor returns once done does, which is asked again and again.
+// waitFor polls done until it is true.
 func waitFor(t testing.TB, what string, done func() bool) {
 	t.Helper()
 	for start := time.Now(); !done(); time.Sleep(5 * time.Millisecond) {
@@ -1208,8 +1208,8 @@ func TestFaultLateCancel(t *testing.T) {
 	})
 }
 
-// What the server itself refuses or ends, for whatever reason, is 503, and nothing
-// once it does not any more.
+// An error of the server's own limits is a 503, and has no effect once it has
+// passed.
 func TestFaultServerLimits(t *testing.T) {
 	t.Parallel()
 	dbURL := newDatabase(t)

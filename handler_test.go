@@ -321,8 +321,7 @@ func (a *api) exec(statement string, args ...any) {
 	}
 }
 
-// rawConn is a connection to the service for what net/http's client would not
-// say, or not in this way.
+// rawConn sends requests that net/http's client cannot send.
 type rawConn struct {
 	a *api
 	net.Conn

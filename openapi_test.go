@@ -374,8 +374,8 @@ func (s *spec) validate(at string, schema map[string]any, value any, closed bool
 	return violations
 }
 
-// measure returns the type of a value, its size, and what the keywords that limit
-// this size end in.
+// measure returns the type of a value, its size, and the end of the keywords that
+// limit this size, such as Length of minLength and maxLength.
 func measure(value any) (kind, unit string, size float64) {
 	switch value := value.(type) {
 	case bool:

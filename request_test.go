@@ -20,8 +20,8 @@ import (
 	"time"
 )
 
-// A request that breaks every rule is mended step by step. Each time it is told
-// the first rule that it still breaks.
+// A request that breaks every rule is corrected step by step. Each response names
+// the first rule that is still broken.
 func TestOrderOfChecks(t *testing.T) {
 	t.Parallel()
 	a := newAPI(t, Options{})
