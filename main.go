@@ -281,7 +281,11 @@ func reachable(addr string) string {
 func serve(ctx context.Context, cfg config) (err error) {
 	log := cfg.options.Logger
 	if cfg.databaseURL == "" {
-		unsetLibpq()
+		for _, variable := range os.Environ() { // libpq's are about another server
+			if name, _, _ := strings.Cut(variable, "="); strings.HasPrefix(name, "PG") {
+				os.Unsetenv(name)
+			}
+		}
 		log.Info("starting a private PostgreSQL", "directory", localDir)
 		local, startErr := startLocalDB(ctx, localDir, cfg.pgBin, fmt.Sprintf("max_connections=%d", max(100, cfg.maxConns+10)))
 		if startErr != nil {
@@ -333,16 +337,6 @@ func serve(ctx context.Context, cfg config) (err error) {
 	return nil
 }
 
-// unsetLibpq unsets libpq's environment variables, which are about another
-// server than the private one.
-func unsetLibpq() {
-	for _, variable := range os.Environ() {
-		if name, _, _ := strings.Cut(variable, "="); strings.HasPrefix(name, "PG") {
-			os.Unsetenv(name)
-		}
-	}
-}
-
 // unlessStopped returns the error of a start, or nil if ctx has ended it.
 func unlessStopped(ctx context.Context, err error) error {
 	if ctx.Err() != nil {
@@ -370,21 +364,32 @@ func migrate(ctx context.Context, store *Store, log *slog.Logger) error {
 }
 
 // logWriter writes lines in the background, so that a blocked log delays neither
-// requests nor a stop. While 10,000 lines are waiting, further ones are lost.
+// requests nor a stop. Lines that come within 10 ms are written at once, which costs
+// less. While 10,000 lines are waiting, further ones are lost.
 type logWriter chan []byte
 
 // newLogWriter also returns flush, which waits until the lines so far are
-// written, for a second at most.
+// written, for a second at most. Call it once.
 func newLogWriter(w io.Writer) (l logWriter, flush func()) {
-	l, done := make(logWriter, 10_000), make(chan struct{})
+	l, stop, done := make(logWriter, 10_000), make(chan struct{}), make(chan struct{})
 	go func() {
 		defer close(done)
-		for line := <-l; line != nil; line = <-l {
-			w.Write(line) // there is no place to report an error
+		for open := true; open; {
+			var lines []byte
+			select {
+			case lines = <-l:
+				time.Sleep(10 * time.Millisecond)
+			case <-stop:
+				open = false
+			}
+			for range len(l) {
+				lines = append(lines, <-l...)
+			}
+			w.Write(lines) // there is no place to report an error
 		}
 	}()
 	return l, func() {
-		go func() { l <- nil }()
+		close(stop)
 		select {
 		case <-done:
 		case <-time.After(time.Second):
