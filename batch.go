@@ -19,7 +19,7 @@ const maxWait = time.Millisecond // before a batch starts beside a slow one
 // A batcher makes calls of type C, whose results have type R.
 //
 // A call that finds no batch running starts at once. No call waits longer than
-// maxWait, so a batch on a dead connection delays no other. A caller returns when
+// maxWait for another batch, so a batch on a dead connection delays no other. A caller returns when
 // its own context ends. The context of a batch ends when all of its callers have
 // gone; it has the latest of their deadlines, and the values of the first one's
 // context.

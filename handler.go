@@ -32,15 +32,16 @@ var docs []byte
 // Options are the settings of a [Handler]. The zero value means the defaults, and
 // so do numbers and durations below zero.
 type Options struct {
-	RequestTimeout time.Duration // deadline of one request; default 5 s, and at most 45 s because a Server allows 50 s
+	RequestTimeout time.Duration // deadline of one request; default 5 s; must not exceed 45 s, or a Server cuts the response off
 	MaxInFlight    int           // API requests served at once; default 1000
 
 	// Authenticate returns the user who sent a request to the API. It is called
 	// before the body is read, from many goroutines, and the request's context has
 	// its deadline. The user sees and changes only their own tasks. An error is
-	// 401, or 503 if it wraps [ErrUnavailable]; clients never see its text. A user
-	// who cannot own tasks, such as "", is 403. If it reads the body, it must
-	// replace r.Body. Default nil: nothing is authenticated.
+	// 401, which asks for a Bearer token, or 503 if it wraps [ErrUnavailable];
+	// clients never see its text. A user who cannot own tasks, such as "", is 403.
+	// If Authenticate reads the body, it must replace r.Body. Default nil: nothing
+	// is authenticated.
 	Authenticate func(*http.Request) (userID string, err error)
 
 	// Hosts are the names that requests may have as Host, without port, or "*".
@@ -101,9 +102,9 @@ type route struct {
 func (h *Handler) routes() []*route {
 	scope, page := []string{"user_id"}, []string{"user_id", "completed", "sort", "limit", "after"}
 	whole, patch := []string{mediaTypeJSON}, []string{mediaTypePatch, mediaTypeJSON}
-	docsPage, server := newPage("text/html; charset=utf-8", docs), `"url": "`+cmp.Or(h.opts.Prefix, "/")+`"`
+	docsPage, serverURL := newPage("text/html; charset=utf-8", docs), `"url": "`+cmp.Or(h.opts.Prefix, "/")+`"`
 	docsPage.header.Set("Content-Security-Policy", contentPolicy(docsPage.body))
-	apiPage := newPage(mediaTypeJSON, bytes.Replace(openAPI, []byte(`"url": "/"`), []byte(server), 1))
+	apiPage := newPage(mediaTypeJSON, bytes.Replace(openAPI, []byte(`"url": "/"`), []byte(serverURL), 1))
 	return []*route{
 		{h, "POST /api/tasks", h.api(h.createTask, scope, whole)},
 		{h, "GET /api/tasks", h.api(h.listTasks, page, nil)},

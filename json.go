@@ -69,7 +69,7 @@ func checkNames(text []byte) error {
 	return nil
 }
 
-// appendString appends a string, which must be valid UTF-8, or null.
+// appendString appends a string, which must be valid UTF-8; nil becomes null.
 func appendString(b []byte, s *string) []byte {
 	if s == nil {
 		return append(b, "null"...)

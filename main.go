@@ -7,7 +7,7 @@
 // the working directory. With -healthcheck it asks a running service, which it
 // finds by the same variables, whether it is up.
 //
-// On SIGINT, SIGTERM or SIGHUP, unless that is ignored, /readyz turns 503, the
+// On SIGINT, SIGTERM or, unless it is ignored, SIGHUP, /readyz turns 503, the
 // requests in flight finish, and the program exits with 0, or with 1 if they did
 // not finish within SHUTDOWN_TIMEOUT. A second SIGINT or SIGTERM ends it at once.
 // Invalid settings exit with 2, any other failure to start with 1.
@@ -57,7 +57,7 @@ func main() {
 	if err == nil {
 		return
 	}
-	stderr, flush := newLogWriter(os.Stderr)
+	stderr, flush := newLogWriter(os.Stderr) // which may be blocked
 	fmt.Fprintln(stderr, "tasks:", err)
 	flush()
 	code := 1
@@ -104,19 +104,19 @@ type config struct {
 	maxConns                        int
 	shutdownTimeout, shutdownDelay  time.Duration
 	options                         Options
-	hints                           io.Writer // for hints to a person at the terminal; not nil
+	hints                           io.Writer // for hints to a person; not nil
 }
 
-// variable is an environment variable that sets something.
+// variable is an environment variable.
 type variable struct {
 	name, byDefault, help string
-	value
+	parser
 }
 
-// value is what a variable may be.
-type value struct {
-	want string // in words
-	set  func(text string) (ok bool)
+// parser reads the value of a variable.
+type parser struct {
+	want string                      // what the value may be, in words
+	set  func(text string) (ok bool) // sets a field
 }
 
 // variables returns the variables of the program. Each sets a field of c. ADDR
@@ -126,9 +126,9 @@ func variables(c *config) []variable {
 		{"DATABASE_URL", "", "PostgreSQL to use: a URL, or keywords and values, as libpq reads them; unset: a private one, kept in " + localDir,
 			matching(&c.databaseURL, "", "")},
 		{"PORT", "", "port to listen on, on all interfaces; ADDR overrides it",
-			value{"a port number", func(port string) bool { c.addr = ":" + port; return isAddr(c.addr) }}},
+			parser{"a port number", func(port string) bool { c.addr = ":" + port; return isAddr(c.addr) }}},
 		{"ADDR", "localhost:8080", "address to listen on",
-			value{"host:port or :port", func(addr string) bool { c.addr = addr; return isAddr(addr) }}},
+			parser{"host:port or :port", func(addr string) bool { c.addr = addr; return isAddr(addr) }}},
 		{"DB_MAX_CONNS", "10", "connections to PostgreSQL", number(&c.maxConns, 10_000)},
 		{"DB_PREPARE", "auto", "prepare statements: auto (on direct connections), true or false; true behind a transaction-mode pooler destroys data",
 			matching(&c.prepare, "auto, true or false", "auto|true|false")},
@@ -189,33 +189,33 @@ func configure(getenv func(string) string, out io.Writer) (cfg config, err error
 	return cfg, nil
 }
 
-// matching is a value that matches a regular expression; "" matches any.
-func matching(field *string, want, expression string) value {
-	return value{want, func(text string) bool {
+// matching reads what matches a regular expression; "" matches anything.
+func matching(field *string, want, expression string) parser {
+	return parser{want, func(text string) bool {
 		*field = text
 		return expression == "" || matches(text, expression)
 	}}
 }
 
-func number(field *int, most int) value {
-	return value{fmt.Sprintf("a number from 1 to %d", most), func(text string) (ok bool) {
+func number(field *int, most int) parser {
+	return parser{fmt.Sprintf("a number from 1 to %d", most), func(text string) (ok bool) {
 		n, err := strconv.Atoi(text)
 		*field = n
 		return err == nil && 1 <= n && n <= most
 	}}
 }
 
-func duration(field *time.Duration, least, most time.Duration) value {
-	return value{fmt.Sprintf("a duration such as 5s, at most %v", most), func(text string) bool {
+func duration(field *time.Duration, least, most time.Duration) parser {
+	return parser{fmt.Sprintf("a duration such as 5s, at most %v", most), func(text string) bool {
 		d, err := time.ParseDuration(text)
 		*field = d
 		return err == nil && least <= d && d <= most
 	}}
 }
 
-// list is values that are separated by commas or spaces.
-func list(field *[]string, want string, valid func(string) bool) value {
-	return value{"* or " + want + ", separated by commas", func(text string) bool {
+// list reads values that are separated by commas or spaces.
+func list(field *[]string, want string, valid func(string) bool) parser {
+	return parser{"* or " + want + ", separated by commas", func(text string) bool {
 		*field = strings.FieldsFunc(text, func(r rune) bool { return r == ',' || r == ' ' })
 		return len(*field) > 0 && !slices.ContainsFunc(*field, func(v string) bool { return v != "*" && !valid(v) })
 	}}
@@ -281,8 +281,8 @@ func reachable(addr string) string {
 func serve(ctx context.Context, cfg config) (err error) {
 	log := cfg.options.Logger
 	if cfg.databaseURL == "" {
-		for _, variable := range os.Environ() { // libpq's are about another server
-			if name, _, _ := strings.Cut(variable, "="); strings.HasPrefix(name, "PG") {
+		for _, pair := range os.Environ() { // libpq's variables are about another server
+			if name, _, _ := strings.Cut(pair, "="); strings.HasPrefix(name, "PG") {
 				os.Unsetenv(name)
 			}
 		}
@@ -292,7 +292,7 @@ func serve(ctx context.Context, cfg config) (err error) {
 			return unlessStopped(ctx, startErr)
 		}
 		defer func() { err = errors.Join(err, local.Stop()) }()
-		cfg.databaseURL, cfg.prepare = local.URL, "true"
+		cfg.databaseURL, cfg.prepare = local.URL, strings.Replace(cfg.prepare, "auto", "true", 1)
 	}
 	db, err := openDB(cfg.databaseURL, cfg.prepare)
 	if err != nil {
@@ -364,7 +364,7 @@ func migrate(ctx context.Context, store *Store, log *slog.Logger) error {
 }
 
 // logWriter writes lines in the background, so that a blocked log delays neither
-// requests nor a stop. Lines that come within 10 ms are written at once, which costs
+// requests nor a stop. Lines that come within 10 ms are written together, which costs
 // less. While 10,000 lines are waiting, further ones are lost.
 type logWriter chan []byte
 

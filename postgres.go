@@ -1,7 +1,7 @@
 package main
 
 // postgres.go connects to PostgreSQL. It adds to lib/pq's connections what a
-// service needs: no statement runs twice, none outlives its context on a silent
+// service needs: no statement that may have had an effect runs twice, none outlives its context on a silent
 // server, and statements are prepared where that is safe. It knows nothing about
 // tasks.
 
@@ -49,8 +49,9 @@ import (
 // 10 connections, and closes those that are idle for two minutes, so that a
 // serverless database can sleep.
 //
-// The pool never repeats a statement, not even one of [sql.DB.Prepare]: if the
-// connection is lost, the outcome is unknown, which is an error.
+// The pool never repeats a statement that may have had an effect: if the connection
+// is lost, the outcome is unknown, which is an error. [sql.DB.Prepare] would repeat
+// statements, so it fails.
 //
 // A connection prepares a query with parameters when it first runs it, if the
 // connection is direct: over TCP, with no pooler, proxy or NAT in between. One
@@ -248,7 +249,7 @@ func (e *connectError) Unwrap() error { return e.err }
 type connector struct {
 	cfg     pq.Config
 	prepare string
-	moves   atomic.Int64 // how often a connection found its server read-only
+	epoch   atomic.Int64 // connections of an earlier one are dropped
 }
 
 // Driver is for [sql.DB.Driver].
@@ -265,7 +266,7 @@ func (c *connector) Connect(ctx context.Context) (driver.Conn, error) {
 	cfg.ConnectTimeout = 0               // or lib/pq would remove the socket's deadline too early
 	lib, _ := pq.NewConnectorConfig(cfg) // cannot fail
 	// lib/pq tries the hosts in turn: a silent one leaves time for the others.
-	cn := &conn{connector: c, moves: c.moves.Load(), timeout: timeout / time.Duration(1+len(cfg.Multi))}
+	cn := &conn{connector: c, epoch: c.epoch.Load(), timeout: timeout / time.Duration(1+len(cfg.Multi))}
 	lib.Dialer(cn)
 	dc, err := lib.Connect(ctx)
 	if errors.Is(err, pq.ErrSSLNotSupported) {
@@ -295,8 +296,8 @@ const (
 )
 
 // aliveTime is how long after its last statement a connection is assumed to be
-// alive without a check, which would cost a system call. lostTime is how soon a
-// statement fails if its connection had died before.
+// alive without a check, which would cost a system call. A statement that
+// fails sooner than lostTime was sent on a connection that had died before.
 const aliveTime, lostTime = time.Millisecond, time.Second
 
 // pqConn is what lib/pq's connections can do.
@@ -316,7 +317,7 @@ type conn struct {
 	pqConn    // nil while connecting
 	pq.Dialer // nil: lib/pq asks for its methods, but calls DialContext
 	connector *connector
-	moves     int64         // the connector's, when this connection was begun
+	epoch     int64         // the connector's, when this connection was begun
 	timeout   time.Duration // for each host
 	socket    net.Conn
 	detach    func() bool                        // makes socket independent of the context of Connect
@@ -383,7 +384,7 @@ func (c *conn) setUp(ctx context.Context) error {
 
 // IsValid is called by database/sql when a connection is free again.
 func (c *conn) IsValid() bool {
-	return !c.unfit.Load() && c.moves == c.connector.moves.Load() && c.pqConn.IsValid()
+	return !c.unfit.Load() && c.epoch == c.connector.epoch.Load() && c.pqConn.IsValid()
 }
 
 // ResetSession is called by database/sql before a pooled connection is used. A
@@ -442,7 +443,7 @@ func (c *conn) judge(err error) error {
 		// The server has become a standby, or the session is read-only by default:
 		// if the address has moved to a new primary, older connections have not. Or
 		// the connection had died, and so may have others that are idle.
-		c.connector.moves.CompareAndSwap(c.moves, c.moves+1)
+		c.connector.epoch.CompareAndSwap(c.epoch, c.epoch+1)
 	case strings.HasPrefix(state, "57P"), strings.HasPrefix(state, "08"):
 		// The server is shutting down, or a pooler has lost it.
 		c.unfit.Store(true)
@@ -472,7 +473,7 @@ func (c *conn) query(ctx context.Context, query string, args []driver.NamedValue
 	}
 	rows, err := stmt.QueryContext(ctx, args)
 	if state := sqlState(err); state == "0A000" || state == "26000" { // the table has changed, the statement is gone
-		c.unfit.Store(true) // for other queries, too
+		c.unfit.Store(true) // for other queries, too; this one has had no effect
 		return c.pqConn.QueryContext(ctx, query, args)
 	}
 	return rows, err

@@ -38,7 +38,7 @@ type request struct {
 	*http.Request            // its context has the request's deadline
 	path          string     // as clients see it, without trailing slash
 	Filter                   // what the query says; the request is about rows of Owner only
-	query         url.Values // as it was sent
+	query         url.Values // the valid parameters, for the link to the next page
 	verified      bool       // Owner comes from [Options.Authenticate]
 	target        Target     // the row in the path, with the conditions of the headers
 	body          []byte
@@ -48,7 +48,7 @@ type request struct {
 type operation func(r *request) (*response, error)
 
 // api makes an operation an endpoint. params are its query parameters, accepts
-// the media types of its body; nil means that it ignores a body.
+// the media types of its body; nil means that a body is read and ignored.
 func (h *Handler) api(do operation, params, accepts []string) endpoint {
 	return func(w http.ResponseWriter, r *http.Request) (*response, error) {
 		start := time.Now()
@@ -128,7 +128,8 @@ func (h *Handler) authenticate(r *http.Request) (*string, error) {
 }
 
 // readBody reads the body, up to its limit and within 80 % of the request's time.
-// It replaces r.Body only if it has read the body to its end.
+// If it has read the body to its end, it sets r.Body to NoBody; otherwise ServeHTTP
+// closes the connection.
 func (h *Handler) readBody(w http.ResponseWriter, r *http.Request, start time.Time) ([]byte, error) {
 	if r.ContentLength == 0 {
 		return nil, nil
@@ -264,8 +265,8 @@ func checkMediaType(r *http.Request, accepts []string) error {
 
 // checkDraft makes the checks that all creations share, and returns the
 // Idempotency-Key. err is the error of decoding the body; its violations are
-// reported together with those found here. *owner is the owner in the body; the
-// owner of the request, if there is one, replaces it.
+// reported together with those found here. *owner is the owner in the body;
+// checkDraft sets it to the owner of the request, if there is one.
 func (r *request) checkDraft(owner **string, err error) (key string, _ error) {
 	invalid, ok := err.(InvalidError)
 	if err != nil && !ok {

@@ -205,7 +205,8 @@ func newResponse(mediaType, cacheControl string, body []byte) *response {
 	return &response{http.StatusOK, http.Header{"Content-Type": {mediaType}, "Cache-Control": {cacheControl}}, body}
 }
 
-// created returns the response to a creation, and err.
+// created returns the response to a creation, and err. If err is not nil, row is a
+// zero value and the response is ignored; the same holds below.
 func created[T resource](r *request, row T, replayed bool, err error) (*response, error) {
 	res, err := changed(row, err)
 	id, _, _ := row.identity()

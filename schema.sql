@@ -35,8 +35,8 @@ DECLARE
     -- user is merged from two ranges.
     --
     -- An Idempotency-Key belongs to an owner. Tasks without an owner share the
-    -- empty string, which is no user_id. (NULLS NOT
-    -- DISTINCT would say it better, but PostgreSQL 14 lacks it.)
+    -- empty string, which is no user_id. (NULLS NOT DISTINCT would say it better,
+    -- but PostgreSQL 14 lacks it.)
     indexes_needed CONSTANT text[] := ARRAY[
         'CREATE UNIQUE INDEX tasks_id ON tasks USING btree (id)', -- or the primary key
         'CREATE INDEX tasks_completed_id ON tasks USING btree (completed, id)',

@@ -26,9 +26,10 @@ import (
 //go:embed schema.sql
 var schema string
 
-// Store keeps tasks. Its methods may be called from many goroutines. Their
-// errors are those of task.go. After [ErrUnavailable] a write may have been
-// applied, or may still be, at most once. Any other error is a defect.
+// Store keeps tasks. Its methods may be called from many goroutines. The
+// errors of its operations are those of task.go. After [ErrUnavailable] a write may
+// have been applied, or may still be, at most once. Any other error is a defect, or
+// a value that breaks a constraint.
 type Store struct {
 	*database
 	tasks *table[Task]
@@ -284,13 +285,18 @@ func (t *table[T]) records(rows []T) string {
 
 // list returns a page of rows and reports whether more follow.
 //
-// Each page is one range of one index: the filter's columns, then id. With a plain
-// =, the planner assumes that matching rows are spread evenly, and may walk another
-// index past millions of rows. = ANY means the same, but then only the right index
-// has the requested order. This works for the first column only, so a second one is
-// compared together with id, as a row. The planner estimates such a comparison by
-// its first value and might sort the whole range; it cannot see a value in a
-// subquery.
+// Each page is one range of one index: the filter's columns, then id. For the
+// completed tasks of a user it is
+//
+//	WHERE completed = ANY (ARRAY[true]) AND user_id <= $2 AND (user_id, id) > ((SELECT $2::text), $1)
+//	ORDER BY completed, user_id, id LIMIT $3
+//
+// With a plain =, the planner assumes that matching rows are spread evenly, and may
+// walk another index past millions of rows. = ANY means the same, but then only the
+// right index has the requested order. This works for the first column only, so a
+// second one is compared together with id, as a row. The planner estimates such a
+// comparison by its first value and might sort the whole range; it cannot see a
+// value in a subquery.
 func (t *table[T]) list(ctx context.Context, f Filter) (rows []T, more bool, err error) {
 	beyond, until, order, start := ">", "<=", "", "00000000-0000-0000-0000-000000000000"
 	if f.Descending {
@@ -375,7 +381,7 @@ func (t *table[T]) change(ctx context.Context, target Target, q *statement, text
 }
 
 // rows runs a statement and scans the rows that it returns. If the connection of a
-// SELECT had died while it was idle, rows runs it again.
+// SELECT fails within lostTime, it was probably dead before: rows runs it again.
 //
 // It first waits for a turn, first come, first served. database/sql alone serves
 // waiters in no order, so under load some would wait until their deadline.
@@ -399,8 +405,8 @@ func (t *table[T]) rows(ctx context.Context, text string, args ...any) (all []T,
 	return all, err
 }
 
-// run runs a statement on a pinned connection: on the pool itself, database/sql
-// would run it again after a lost connection, even if it took effect.
+// run runs a statement on a pinned connection: on a pool that OpenDB has not made,
+// database/sql would run it again after a lost connection, even if it took effect.
 func (t *table[T]) run(ctx context.Context, text string, args []any) (all []T, err error) {
 	conn, err := t.db.Conn(ctx)
 	if err != nil {

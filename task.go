@@ -111,7 +111,7 @@ type Filter struct {
 	Completed  *bool   // nil: both
 	Descending bool    // newest first
 	After      string  // id, a UUID, after which the page starts; "": the first page
-	Limit      int     // at most as many rows; not negative
+	Limit      int     // at most this many rows; not negative
 }
 
 // InvalidError is the error of well-formed input that breaks rules. It lists
@@ -129,7 +129,8 @@ type Violation struct {
 
 func (e InvalidError) Error() string { return fmt.Sprintf("invalid: %v", []Violation(e)) }
 
-// malformedError is the error of a body that is not one well-formed JSON text.
+// malformedError is the error of a body that cannot be read or is not one
+// well-formed JSON text.
 // Its value is a sentence for the client.
 type malformedError string
 
