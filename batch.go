@@ -12,9 +12,8 @@ import (
 	"time"
 )
 
-const maxBatch = 100 // calls
-
-const maxWait = time.Millisecond // before a batch starts beside a slow one
+// A batch has at most maxBatch calls. After maxWait it starts beside a slow one.
+const maxBatch, maxWait = 100, time.Millisecond
 
 // A batcher makes calls of type C, whose results have type R.
 //

@@ -420,7 +420,7 @@ func brief(t Task) string {
 func TestRepresentation(t *testing.T) {
 	t.Parallel()
 	dbURL := newDatabase(t)
-	execSQL(t, dbURL, `DO $$ BEGIN EXECUTE format('ALTER DATABASE %I SET timezone TO ''Asia/Kathmandu''', current_database()); END $$`)
+	execSQL(t, dbURL, `DO $$ BEGIN EXECUTE format('ALTER DATABASE %I SET timezone TO ''Asia/Kathmandu''; ALTER DATABASE %1$I SET quote_all_identifiers TO on', current_database()); END $$`)
 	a := newAPIOn(t, dbURL, Options{})
 	const form = `^\{"id":"[0-9a-f]{8}-[0-9a-f]{4}-7[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}",%s,"version":1,"created_at":"TIME","updated_at":"TIME"\}` + "\n$"
 	times := strings.NewReplacer("TIME", `[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}\.[0-9]{6}Z`)

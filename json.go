@@ -10,6 +10,7 @@ import (
 	"errors"
 	"fmt"
 	"regexp"
+	"slices"
 	"strconv"
 	"time"
 	"unicode/utf8"
@@ -25,10 +26,8 @@ func checkJSON(text []byte) error {
 	if err := json.Unmarshal(text, new(json.RawMessage)); err != nil {
 		return err
 	}
-	for _, m := range jsonEscape.FindAllSubmatchIndex(text, -1) {
-		if m[2] >= 0 {
-			return errors.New("a \\u escape that is half of a surrogate pair")
-		}
+	if slices.ContainsFunc(jsonEscape.FindAllSubmatchIndex(text, -1), func(m []int) bool { return m[2] >= 0 }) {
+		return errors.New("a \\u escape that is half of a surrogate pair")
 	}
 	return checkNames(text)
 }

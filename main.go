@@ -146,7 +146,8 @@ func variables(c *config) []variable {
 			list(&c.options.CORSOrigins, "origins such as https://example.com, as browsers send them", isOrigin)},
 		{"LOG_LEVEL", "info", "debug, info, warn or error", matching(&c.logLevel, "debug, info, warn or error", "(?i)debug|info|warn|error")},
 		{"LOG_FORMAT", "text", "text or json", matching(&c.logFormat, "text or json", "text|json")},
-		{"PG_BIN", "", "directory of the private PostgreSQL's programs; unset: searched for", matching(&c.pgBin, "", "")},
+		{"PG_BIN", "", "directory of the private PostgreSQL's programs; unset: searched for",
+			parser{"a directory with PostgreSQL's programs", func(dir string) bool { c.pgBin = dir; _, err := os.Stat(dir + "/postgres"); return err == nil }}},
 	}
 }
 
@@ -159,8 +160,7 @@ func usage() string {
 		"  -healthcheck  ask a running service whether it is up, and exit with 0 or 1\n\n" +
 		"Environment variables; an empty one counts as unset:\n\n")
 	for _, s := range variables(new(config)) {
-		line := fmt.Sprintf("  %-16s  %s (%s)", s.name, s.help, s.byDefault)
-		b.WriteString(strings.TrimSuffix(line, " ()") + "\n")
+		b.WriteString(strings.TrimSuffix(fmt.Sprintf("  %-16s  %s (%s)", s.name, s.help, s.byDefault), " ()") + "\n")
 	}
 	return b.String()
 }

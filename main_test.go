@@ -373,6 +373,7 @@ func TestInvalidSettings(t *testing.T) {
 		"ALLOWED_HOSTS":    ", example.com:80 https://example.com a/b [::1]:80 bücher.example a,b:1",
 		"PATH_PREFIX":      "/ /%zz todo todo/ /todo/ //todo /a//b /a?b /a#b /<a> /é",
 		"CORS_ORIGINS":     ", example.com https://example.com/ https://example.com/a https://u@example.com null https://a.example,b.example http:// *.example.com https://*.example.com https://Example.com https://example.com:443 http://example.com:80 https://example.com: https://example.com:0 https://bücher.example",
+		"PG_BIN":           "/nonexistent",
 		"LOG_LEVEL":        "x 1 warning error+100",
 		"LOG_FORMAT":       "x JSON",
 	} {
@@ -391,10 +392,9 @@ func TestInvalidSettings(t *testing.T) {
 func TestValidSettings(t *testing.T) {
 	t.Parallel()
 	for _, test := range []struct {
-		name string
-		env  settings
-		addr string
-		url  string
+		name      string
+		env       settings
+		addr, url string
 	}{
 		{"neither", settings{}, "localhost:8080", "http://localhost:8080"},
 		{"ADDR", settings{"ADDR": "127.0.0.1:80"}, "127.0.0.1:80", "http://127.0.0.1:80"},
@@ -708,11 +708,10 @@ func TestLogFull(t *testing.T) {
 func TestStop(t *testing.T) {
 	t.Parallel()
 	for _, test := range []struct {
-		name           string
-		delay, timeout string
-		then           func(p *process, held *heldRequest)
-		code           int
-		says           string // on the standard error
+		name, delay, timeout string
+		then                 func(p *process, held *heldRequest)
+		code                 int
+		says                 string // on the standard error
 	}{
 		{"finish", "", "1h", func(p *process, held *heldRequest) {
 			waitFor(p.t, "/readyz to be 503", func() bool { status, _ := p.get("/readyz"); return status == http.StatusServiceUnavailable })
@@ -741,6 +740,9 @@ func TestStop(t *testing.T) {
 			p.signal(syscall.SIGTERM)
 			p.logged("msg=stopping")
 			test.then(p, held)
+			if test.code >= 0 { // a request that is cut off is logged, too
+				p.logged("route=/api/tasks ")
+			}
 			if said := p.exit(test.code); !regexp.MustCompile(test.says).MatchString(said) {
 				t.Errorf("said %q, want %s", said, test.says)
 			}

@@ -82,7 +82,7 @@ func (h *Handler) api(do operation, params, accepts []string) endpoint {
 		}
 		res, err := do(req)
 		if match := req.target.Match; match != nil && len(match) == 0 && errors.Is(err, ErrPrecondition) {
-			err = refuse(http.StatusPreconditionFailed, `If-Match has no tag that can match. Send "<version>", with the version that you have read.`)
+			err = refuse(http.StatusPreconditionFailed, `If-Match has no tag that can match; send "<version>", with the version that you have read.`)
 		}
 		return res, err
 	}
@@ -116,7 +116,7 @@ func (h *Handler) authenticate(r *http.Request) (*string, error) {
 	user, err := h.opts.Authenticate(r)
 	switch {
 	case err != nil && (errors.Is(err, ErrUnavailable) || r.Context().Err() != nil):
-		p := refuse(http.StatusServiceUnavailable, "The user could not be verified. Try again later.")
+		p := refuse(http.StatusServiceUnavailable, "The user could not be verified; try again later.")
 		p.cause = fmt.Errorf("authenticate: %w", err)
 		return nil, p
 	case err != nil:

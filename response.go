@@ -113,8 +113,7 @@ func (h *Handler) log(r *http.Request, path string, status int, elapsed time.Dur
 	}
 	h.opts.Logger.LogAttrs(r.Context(), level, "request",
 		slog.String("method", r.Method), slog.String("route", path), slog.Int("status", status),
-		slog.Float64("duration_ms", float64(elapsed.Microseconds())/1000), slog.Int("bytes", size), slog.String("request_id", id),
-		cause)
+		slog.Float64("duration_ms", float64(elapsed.Microseconds())/1000), slog.Int("bytes", size), slog.String("request_id", id), cause)
 }
 
 // problem is an error as clients see it: a problem document (RFC 9457).
@@ -164,13 +163,13 @@ func problemOf(err error) *problem {
 	case errors.Is(err, ErrPrecondition):
 		return refuse(http.StatusPreconditionFailed, "The resource has another version than the request requires.")
 	case errors.Is(err, ErrUnavailable):
-		return refuse(http.StatusServiceUnavailable, "The database did not respond. A change may have been made once, or may still be.")
+		return refuse(http.StatusServiceUnavailable, "The database did not respond; a change may have been made once, or may still be.")
 	case errors.Is(err, ErrKeyReused):
 		invalid = InvalidError{{Header: "Idempotency-Key", Detail: "was used with other content"}}
 	case errors.Is(err, ErrUnknownUser):
 		invalid = InvalidError{{Pointer: "#/user_id", Detail: "unknown user"}}
 	case invalid == nil:
-		return refuse(http.StatusInternalServerError, "Internal error. The log has the cause under this request_id.")
+		return refuse(http.StatusInternalServerError, "Internal error; the log has the cause under this request_id.")
 	}
 	p := refuse(http.StatusUnprocessableEntity, "The request is invalid; see errors.")
 	p.Errors = invalid

@@ -57,8 +57,10 @@ BEGIN
 
     -- Behind a pooler, another client may have left its own search_path in the
     -- session. DEFAULT is the one of this connection. A temporary table tasks
-    -- would come first, unless pg_temp is named last.
+    -- would come first, unless pg_temp is named last. Names that are quoted
+    -- without need would differ from those below.
     SET LOCAL search_path TO DEFAULT;
+    SET LOCAL quote_all_identifiers = off;
     here := current_schema();
     IF here IS NULL THEN
         RAISE EXCEPTION 'search_path (%) names no schema that exists and that role "%" may use: create the schema, GRANT USAGE on it, or set another search_path',

@@ -121,7 +121,11 @@ func (s *Server) Shutdown(ctx context.Context) error {
 	}
 	err := s.Server.Shutdown(ctx)
 	if err != nil {
-		_ = s.Close()
+		_ = s.Close() // ends the contexts of the requests; time to log them
+		select {
+		case <-drained:
+		case <-time.After(time.Second):
+		}
 	}
 	return err
 }
