@@ -420,7 +420,7 @@ func brief(t Task) string {
 func TestRepresentation(t *testing.T) {
 	t.Parallel()
 	dbURL := newDatabase(t)
-	execSQL(t, dbURL, `DO $$ BEGIN EXECUTE format('ALTER DATABASE %I SET timezone TO ''Asia/Kathmandu''; ALTER DATABASE %1$I SET quote_all_identifiers TO on', current_database()); END $$`)
+	execSQL(t, dbURL, `DO $$ BEGIN EXECUTE format('ALTER DATABASE %I SET timezone TO ''Asia/Kathmandu''; ALTER DATABASE %1$I SET quote_all_identifiers TO on; ALTER DATABASE %1$I SET standard_conforming_strings TO off', current_database()); END $$`)
 	a := newAPIOn(t, dbURL, Options{})
 	const form = `^\{"id":"[0-9a-f]{8}-[0-9a-f]{4}-7[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}",%s,"version":1,"created_at":"TIME","updated_at":"TIME"\}` + "\n$"
 	times := strings.NewReplacer("TIME", `[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}\.[0-9]{6}Z`)
@@ -1025,29 +1025,33 @@ func TestConcurrentUpdates(t *testing.T) {
 // Without If-Match every change counts, each as a whole.
 func TestConcurrentChanges(t *testing.T) {
 	t.Parallel()
-	a := newAPI(t, Options{})
-	path := "/api/tasks/" + a.create(`{"title":"a"}`).ID
-	var completed atomic.Int32
-	together(20, func(int) {
-		if a.task(a.want(200, a.do("PATCH", path+"/complete", ""))).Completed {
-			completed.Add(1)
+	for _, isolation := range []string{"read committed", "repeatable read", "serializable"} {
+		dbURL := newDatabase(t)
+		execSQL(t, dbURL, fmt.Sprintf("DO $$ BEGIN EXECUTE format('ALTER DATABASE %%I SET default_transaction_isolation TO %%L', current_database(), '%s'); END $$", isolation))
+		a := newAPIOn(t, dbURL, Options{})
+		path := "/api/tasks/" + a.create(`{"title":"a"}`).ID
+		var completed atomic.Int32
+		together(20, func(int) {
+			if a.task(a.want(200, a.do("PATCH", path+"/complete", ""))).Completed {
+				completed.Add(1)
+			}
+		})
+		if now := brief(a.task(a.do("GET", path, ""))); now != `"a" null false v21` || completed.Load() != 10 {
+			t.Errorf("after 20 flips, %d of them to true, it is %s", completed.Load(), now)
 		}
-	})
-	if now := brief(a.task(a.do("GET", path, ""))); now != `"a" null false v21` || completed.Load() != 10 {
-		t.Errorf("after 20 flips, %d of them to true, it is %s", completed.Load(), now)
-	}
-	together(20, func(i int) {
-		got := a.task(a.want(200, a.do("PUT", path, fmt.Sprintf(`{"title":"%d","description":"%[1]d"}`, i))))
-		if want := fmt.Sprint(i); got.Title != want || *got.Description != want {
-			t.Errorf("replaced by %s: %s", want, brief(got))
+		together(20, func(i int) {
+			got := a.task(a.want(200, a.do("PUT", path, fmt.Sprintf(`{"title":"%d","description":"%[1]d"}`, i))))
+			if want := fmt.Sprint(i); got.Title != want || *got.Description != want {
+				t.Errorf("replaced by %s: %s", want, brief(got))
+			}
+			got = a.task(a.want(200, a.do("PATCH", path, `{"completed":true}`)))
+			if got.Title != *got.Description || !got.Completed {
+				t.Errorf("patched: %s", brief(got))
+			}
+		})
+		if now := a.task(a.do("GET", path, "")); now.Version != 61 {
+			t.Errorf("after 60 changes it is %s", brief(now))
 		}
-		got = a.task(a.want(200, a.do("PATCH", path, `{"completed":true}`)))
-		if got.Title != *got.Description || !got.Completed {
-			t.Errorf("patched: %s", brief(got))
-		}
-	})
-	if now := a.task(a.do("GET", path, "")); now.Version != 61 {
-		t.Errorf("after 60 changes it is %s", brief(now))
 	}
 }
 

@@ -89,23 +89,7 @@ func (m *metrics) appendTo(b []byte, pool sql.DBStats) []byte {
 	b = appendMetric(b, "go_sql_idle_connections", "Idle connections.", float64(pool.Idle))
 	b = appendMetric(b, "go_sql_wait_count_total", "Connections waited for.", float64(pool.WaitCount))
 	b = appendMetric(b, "go_sql_wait_duration_seconds_total", "Time spent waiting for connections.", pool.WaitDuration.Seconds())
-	return appendRuntime(b)
-}
-
-// appendMetric appends a metric with one sample. It is a counter if its name ends
-// in _total, else a gauge.
-func appendMetric(b []byte, name, help string, v float64) []byte {
-	kind := "gauge"
-	if strings.HasSuffix(name, "_total") {
-		kind = "counter"
-	}
-	b = fmt.Appendf(b, "# HELP %s %s\n# TYPE %[1]s %[3]s\n%[1]s ", name, help, kind)
-	return append(strconv.AppendFloat(b, v, 'f', -1, 64), '\n')
-}
-
-// appendRuntime appends the state of the Go runtime, as far as it can be read
-// without stopping the program.
-func appendRuntime(b []byte) []byte {
+	// The Go runtime: what can be read without stopping the program.
 	b = fmt.Appendf(b, "# HELP go_info The version of Go.\n# TYPE go_info gauge\ngo_info{version=%q} 1\n", runtime.Version())
 	for _, row := range [...]struct{ name, help, key string }{
 		{"go_goroutines", "Goroutines.", "/sched/goroutines:goroutines"},
@@ -119,4 +103,15 @@ func appendRuntime(b []byte) []byte {
 		b = appendMetric(b, row.name, row.help, float64(s[0].Value.Uint64()))
 	}
 	return b
+}
+
+// appendMetric appends a metric with one sample. It is a counter if its name ends
+// in _total, else a gauge.
+func appendMetric(b []byte, name, help string, v float64) []byte {
+	kind := "gauge"
+	if strings.HasSuffix(name, "_total") {
+		kind = "counter"
+	}
+	b = fmt.Appendf(b, "# HELP %s %s\n# TYPE %[1]s %[3]s\n%[1]s ", name, help, kind)
+	return append(strconv.AppendFloat(b, v, 'f', -1, 64), '\n')
 }

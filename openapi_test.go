@@ -664,12 +664,10 @@ func TestOpenAPICheck(t *testing.T) {
 	replace := strings.NewReplacer
 
 	for _, test := range []struct {
-		name    string
-		request string // method, target and body
-		status  int
-		header  string
-		body    string
-		want    string // in the failures; "": there are none
+		name, request string // request: method, target and body
+		status        int
+		header        string
+		body, want    string // want: in the failures; "": there are none
 	}{
 		{"a task", "GET /api/tasks/1", 200, ok, task, ""},
 		{"its head", "HEAD /api/tasks/1", 200, ok, "", ""},

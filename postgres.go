@@ -165,7 +165,7 @@ func parseSettings(s string) (map[string]string, error) {
 				return nil, errSyntax
 			}
 			if value != "" {
-				set[name] = value
+				set[strings.ToLower(name)] = value // as the server reads the names of its settings
 			}
 		}
 		return set, nil
@@ -175,7 +175,7 @@ func parseSettings(s string) (map[string]string, error) {
 		if m == nil {
 			return nil, errSyntax
 		}
-		set[m[1]] = escapeForm.ReplaceAllString(m[2]+m[3], "$1")
+		set[strings.ToLower(m[1])] = escapeForm.ReplaceAllString(m[2]+m[3], "$1")
 		s = s[len(m[0]):]
 	}
 	return set, nil

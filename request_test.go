@@ -449,7 +449,7 @@ func TestConditionsTogether(t *testing.T) {
 	t.Parallel()
 	a := newAPI(t, Options{})
 	id := a.create(`{"title":"a"}`).ID
-	const another, send = "another version", `Send "<version>"`
+	const another, send = "another version", `send "<version>"`
 	for _, tt := range []struct{ match, noneMatch, get, change, detail string }{
 		{`"1"`, `"2"`, "200", "200", ""},
 		{`"1"`, `"1"`, "304", "412", another},

@@ -167,13 +167,13 @@ BEGIN
                 SELECT FROM pg_index
                 WHERE indrelid = to_regclass(tasks) AND indisvalid
                   AND (indisunique OR needed NOT LIKE 'CREATE UNIQUE %')
-                  AND split_part(regexp_replace(pg_get_indexdef(indexrelid, 0, true), ' WITH \(.*?\)|(?<=user_id)::text', '', 'g'), ' USING ', 2) = split_part(needed, ' USING ', 2)));
+                  AND split_part(regexp_replace(pg_get_indexdef(indexrelid, 0, true), ' WITH [(].*?[)]|(?<=user_id)::text', '', 'g'), ' USING ', 2) = split_part(needed, ' USING ', 2)));
         EXIT WHEN locked OR missing = '{}';
         PERFORM pg_advisory_xact_lock(hashtext('tasks schema'));
         locked := true;
     END LOOP;
     FOREACH ddl IN ARRAY missing LOOP
-        wrong := format('%I.%I', here, substring(ddl FROM 'INDEX (\w+)'));
+        wrong := format('%I.%I', here, substring(ddl FROM 'INDEX ([a-z_]+)'));
         IF to_regclass(wrong) IS NOT NULL THEN
             RAISE EXCEPTION '% is invalid, unfinished, or not what it should be: DROP INDEX %, and the next start runs %',
                 wrong, wrong, ddl USING ERRCODE = 'object_not_in_prerequisite_state';

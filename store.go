@@ -402,6 +402,11 @@ func (t *table[T]) rows(ctx context.Context, text string, args ...any) (all []T,
 	if strings.HasPrefix(text, "SELECT") && ctx.Err() == nil && time.Since(start) < lostTime && transient(err) && sqlState(err) == "" {
 		all, err = t.run(ctx, text, args)
 	}
+	// PostgreSQL has rolled back a serialization failure or a deadlock. The manual
+	// says to repeat these ("Serialization Failure Handling").
+	for slices.Contains([]string{"40001", "40P01"}, sqlState(err)) && ctx.Err() == nil {
+		all, err = t.run(ctx, text, args)
+	}
 	return all, err
 }
 
