@@ -458,7 +458,7 @@ func TestBrowserOddAnswers(t *testing.T) {
 
 	b.fill("createTask", "URL", "/none")
 	b.fill("createTask", "Body", "{}"+keyControl+keyEnter)
-	if got := b.text("createTask", says("No answer came")); !strings.Contains(got, "may have been done") || !strings.Contains(b.text("createTask", asCurl), "/none'") {
+	if got := b.text("createTask", says("No answer came")); !strings.Contains(got, "may have been made") || !strings.Contains(b.text("createTask", asCurl), "/none'") {
 		t.Errorf("after a lost connection: %q", got)
 	}
 	for operation, change := range map[string]bool{"deleteTask": true, "getTask": false} {
@@ -468,7 +468,7 @@ func TestBrowserOddAnswers(t *testing.T) {
 		b.text(operation, says("Waiting"))
 		b.press(operation, "Send")
 		b.press(operation, "Cancel")
-		if got := b.text(operation, says("Cancelled")); strings.Contains(got, "may have been done") != change {
+		if got := b.text(operation, says("Cancelled")); strings.Contains(got, "may have been made") != change {
 			t.Errorf("after a cancelled %s: %q", operation, got)
 		}
 	}
