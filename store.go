@@ -402,9 +402,9 @@ func (t *table[T]) rows(ctx context.Context, text string, args ...any) (all []T,
 	if strings.HasPrefix(text, "SELECT") && ctx.Err() == nil && time.Since(start) < lostTime && transient(err) && sqlState(err) == "" {
 		all, err = t.run(ctx, text, args)
 	}
-	// PostgreSQL has rolled back a serialization failure or a deadlock. The manual
-	// says to repeat these ("Serialization Failure Handling").
-	for slices.Contains([]string{"40001", "40P01"}, sqlState(err)) && ctx.Err() == nil {
+	// A serialization failure or a deadlock has rolled the statement back. The manual
+	// says to repeat it ("Serialization Failure Handling").
+	for tries := 0; tries < 100 && ctx.Err() == nil && slices.Contains([]string{"40001", "40P01"}, sqlState(err)); tries++ {
 		all, err = t.run(ctx, text, args)
 	}
 	return all, err
