@@ -18,10 +18,10 @@ const maxBatch, maxWait = 100, time.Millisecond
 // A batcher makes calls of type C, whose results have type R.
 //
 // A call that finds no batch running starts at once. No call waits longer than
-// maxWait for another batch, so a batch on a dead connection delays no other. A caller returns when
-// its own context ends. The context of a batch ends when all of its callers have
-// gone; it has the latest of their deadlines, and the values of the first one's
-// context.
+// maxWait for another batch, so a batch on a dead connection delays no other. A
+// caller returns when its own context ends. The context of a batch ends when all of
+// its callers have gone; it has the latest of their deadlines, and the values of the
+// first one's context.
 type batcher[C, R any] struct {
 	// run makes all calls, and returns their results in the same order.
 	run func(context.Context, []C) ([]R, error)

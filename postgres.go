@@ -1,9 +1,9 @@
 package main
 
 // postgres.go connects to PostgreSQL. It adds to lib/pq's connections what a
-// service needs: no statement that may have had an effect runs twice, none outlives its context on a silent
-// server, and statements are prepared where that is safe. It knows nothing about
-// tasks.
+// service needs: no statement that may have had an effect runs twice, none outlives
+// its context on a silent server, and statements are prepared where that is safe.
+// It knows nothing about tasks.
 
 import (
 	"cmp"

@@ -97,8 +97,9 @@ func (s *Server) addListener(l net.Listener) context.Context {
 // Shutdown drains the service, waits for the requests in flight, and closes the
 // server. While it waits, new requests are accepted and served, so that probes
 // see that the service is not ready; functions of RegisterOnShutdown are called
-// after that. If ctx ends first, Shutdown closes all connections and returns
-// the error of ctx. It may be called before Serve, and more than once.
+// after that. If ctx ends first, Shutdown closes all connections, gives the
+// requests up to a second to end and to be logged, and returns the error of ctx. It
+// may be called before Serve, and more than once.
 //
 // [http.Server.Shutdown] alone loses requests: it closes connections on which
 // the next request is under way, and answers none that it reads afterwards.
@@ -121,7 +122,7 @@ func (s *Server) Shutdown(ctx context.Context) error {
 	}
 	err := s.Server.Shutdown(ctx)
 	if err != nil {
-		_ = s.Close() // ends the contexts of the requests; time to log them
+		_ = s.Close() // ends the contexts of the requests
 		select {
 		case <-drained:
 		case <-time.After(time.Second):
