@@ -364,32 +364,21 @@ func migrate(ctx context.Context, store *Store, log *slog.Logger) error {
 }
 
 // logWriter writes lines in the background, so that a blocked log delays neither
-// requests nor a stop. Lines that come within 10 ms are written together, which costs
-// less. While 10,000 lines are waiting, further ones are lost.
+// requests nor a stop. While 10,000 lines are waiting, further ones are lost.
 type logWriter chan []byte
 
 // newLogWriter also returns flush, which waits until the lines so far are
-// written, for a second at most. Call it once.
+// written, for a second at most.
 func newLogWriter(w io.Writer) (l logWriter, flush func()) {
-	l, stop, done := make(logWriter, 10_000), make(chan struct{}), make(chan struct{})
+	l, done := make(logWriter, 10_000), make(chan struct{})
 	go func() {
 		defer close(done)
-		for open := true; open; {
-			var lines []byte
-			select {
-			case lines = <-l:
-				time.Sleep(10 * time.Millisecond)
-			case <-stop:
-				open = false
-			}
-			for range len(l) {
-				lines = append(lines, <-l...)
-			}
-			w.Write(lines) // there is no place to report an error
+		for line := <-l; line != nil; line = <-l {
+			w.Write(line) // there is no place to report an error
 		}
 	}()
 	return l, func() {
-		close(stop)
+		go func() { l <- nil }()
 		select {
 		case <-done:
 		case <-time.After(time.Second):
