@@ -292,7 +292,10 @@ func serve(ctx context.Context, cfg config) (err error) {
 			return unlessStopped(ctx, startErr)
 		}
 		defer func() { err = errors.Join(err, local.Stop()) }()
-		cfg.databaseURL, cfg.prepare = local.URL, strings.Replace(cfg.prepare, "auto", "true", 1)
+		cfg.databaseURL = local.URL
+		if cfg.prepare == "auto" {
+			cfg.prepare = "true" // its connections are direct
+		}
 	}
 	db, err := openDB(cfg.databaseURL, cfg.prepare)
 	if err != nil {

@@ -112,8 +112,13 @@ func (h *Handler) log(r *http.Request, path string, status int, elapsed time.Dur
 		}
 	}
 	h.opts.Logger.LogAttrs(r.Context(), level, "request",
-		slog.String("method", r.Method), slog.String("route", path), slog.Int("status", status),
-		slog.Float64("duration_ms", float64(elapsed.Microseconds())/1000), slog.Int("bytes", size), slog.String("request_id", id), cause)
+		slog.String("method", r.Method),
+		slog.String("route", path),
+		slog.Int("status", status),
+		slog.Float64("duration_ms", float64(elapsed.Microseconds())/1000),
+		slog.Int("bytes", size),
+		slog.String("request_id", id),
+		cause)
 }
 
 // problem is an error as clients see it: a problem document (RFC 9457).
